@@ -1,0 +1,128 @@
+"""What a defense may do in a federated round: the base classes `Defense` and `Aggregator`.
+
+A defense is a frozen dataclass. Its fields are its parameters: annotate them with
+`Annotated[float, Field(gt=0, description="...")]` and the command line checks, converts and explains them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from fedsec.types import FederationPlan, Payload, PrivacySpent, RoundContext, Update
+
+
+class LocalStep(Protocol):
+    """One client's optimisation: how it draws batches and what it does with each. A defense may wrap both."""
+
+    def batches(self, size: int, ctx: RoundContext) -> Iterator[Tensor]:
+        """Index tensors, one a step, for one round of local training on `size` images."""
+        ...
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        """One optimisation step on one batch (possibly empty); returns the mean loss, detached."""
+        ...
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+
+
+class Defense:
+    """Identity by default; override what you need. Hooks are listed in the order in which a round calls them."""
+
+    name: ClassVar[str]
+    protects: ClassVar[str]
+    """One line for `fedsec list defenses`."""
+
+    def calibrate(self, plan: FederationPlan) -> Self:
+        """Before training: fix what depends on client sizes and rounds, such as a noise multiplier."""
+        return self
+
+    def prepare_model(self, model: nn.Module) -> nn.Module:
+        """Change the architecture (BatchNorm to GroupNorm, a bottleneck). The adversary knows the result."""
+        return model
+
+    def local_step(self, step: LocalStep, ctx: RoundContext) -> LocalStep:
+        """Client: wrap the optimisation (DP-SGD)."""
+        return step
+
+    def on_upload(self, update: Update, ctx: RoundContext) -> Update:
+        """Client: clip, add noise, prune, quantise."""
+        return update
+
+    def on_receive(self, updates: Sequence[Update], ctx: RoundContext) -> Sequence[Update]:
+        """Server: screen or pre-aggregate what arrived in clear."""
+        return updates
+
+    def aggregator(self) -> Aggregator | None:
+        """The rule that combines updates; at most one in a stack. Called once a run."""
+        return None
+
+    def on_aggregate(self, delta: Tensor, ctx: RoundContext) -> Tensor:
+        """Server: change the aggregate before it is applied."""
+        return delta
+
+    def public_knowledge(self, client: int) -> Mapping[str, Any]:
+        """What the adversary is assumed to know of this defense at this client.
+
+        Standard keys, which attacks understand without knowing the defense: `clip_norm` with `clip_scope`
+        ("sample": per-image gradient, "update": whole update) and `clip_order` (1 or 2); `noise` ("gaussian" or
+        "laplace") with `noise_std`, the standard deviation per entry of `Update.delta`; `noise_multiplier` and
+        `batch_divisor` (DP-SGD: the noise is multiplier x clip norm on the *sum* of gradients, which is then
+        divided by the constant `batch_divisor`); `mask` (bool tensor of entries that are sent).
+        """
+        return {}
+
+    def privacy(self) -> PrivacySpent | None:
+        """What the whole run spends, for the ledger; None: no differential-privacy claim."""
+        return None
+
+
+@dataclass(frozen=True)
+class Aggregation:
+    """What an aggregation rule returns for one round."""
+
+    delta: Tensor | None
+    """(d,) to add to the model; None: the rule found no safe answer, and the model stays as it was."""
+    buffers: Tensor | None = None
+    """(b,) the new shared buffers; None: keep the old ones."""
+    weights: Mapping[int, float] = field(default_factory=dict)
+    """Client -> its share in the aggregate, where the rule has one."""
+    suspicion: Mapping[int, float] = field(default_factory=dict)
+    """Client -> score, larger is more suspicious. Empty where individuals are hidden."""
+    flags: tuple[str, ...] = ()
+
+
+class Aggregator(ABC):
+    """Combines the clients' updates. `encode` runs at the client, the rest on the server.
+
+    One object lives for a whole run, so a rule may keep state between rounds, keyed by client id.
+    """
+
+    sees_individuals: ClassVar[bool] = True
+    """False: the server learns the sum alone, and so does every attack from its seat."""
+
+    def encode(self, update: Update, ctx: RoundContext) -> Payload:
+        """Client: turn an update into what travels. In clear by default."""
+        from fedsec.types import Payload
+
+        tensors = [update.delta, *update.extras.values(), *([] if update.buffers is None else [update.buffers])]
+        return Payload(update.client, update, sum(t.numel() * t.element_size() for t in tensors))
+
+    @abstractmethod
+    def begin(self, ctx: RoundContext) -> None:
+        """Server: a round starts."""
+
+    @abstractmethod
+    def accumulate(self, payload: Payload, ctx: RoundContext) -> None:
+        """Server: take in one payload; called in client order."""
+
+    @abstractmethod
+    def finish(self, ctx: RoundContext) -> Aggregation:
+        """Server: the result of the round."""

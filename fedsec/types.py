@@ -1,0 +1,287 @@
+"""The values that travel between the steps of a federated round, and the results that come out of it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+Seat = Literal["server", "malicious-server", "client", "outsider"]
+Task = Literal["binary", "multiclass", "ordinal", "multilabel"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names, shapes and order of the tensors that one flat vector holds.
+
+    Every update, broadcast and aggregate of a run is one contiguous float32 vector in this order, so that norms,
+    noise, masks and Gram matrices need no loop over layers; `views` gives the layers back without a copy.
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Layout:
+        """The layout of these tensors, in their order."""
+        return cls(tuple(tensors), tuple(tuple(t.shape) for t in tensors.values()))
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of elements of each tensor."""
+        return tuple(int(np.prod(shape)) for shape in self.shapes)
+
+    @cached_property
+    def size(self) -> int:
+        """Length of the flat vector."""
+        return sum(self.sizes)
+
+    def views(self, flat: Tensor) -> dict[str, Tensor]:
+        """The named tensors inside a flat vector of length `size`; they share its memory."""
+        if flat.numel() != self.size:
+            raise ValueError(f"a vector of {flat.numel()} elements does not fit a layout of {self.size}")
+        parts = torch.split(flat, list(self.sizes))
+        return {n: p.view(s) for n, s, p in zip(self.names, self.shapes, parts, strict=True)}
+
+    def flatten(self, tensors: Mapping[str, Tensor], out: Tensor | None = None) -> Tensor:
+        """Copy the named tensors into one float32 vector (into `out` where given)."""
+        if out is None:
+            device = next(iter(tensors.values())).device if self.names else torch.device("cpu")
+            out = torch.empty(self.size, dtype=torch.float32, device=device)
+        for name, view in self.views(out).items():
+            view.copy_(tensors[name].detach())
+        return out
+
+
+@dataclass(frozen=True)
+class RoundContext:
+    """Where and when a hook runs, and the only source of its randomness.
+
+    Every generator is a pure function of (seed, round, client, purpose): engines give the same draws in any order.
+    """
+
+    seed: int
+    round: int
+    """1-based; 0 before training starts."""
+    rounds: int
+    client: int | None = None
+    """The client whose turn it is; None on the server."""
+
+    def for_client(self, client: int) -> RoundContext:
+        """The same round seen from one client's seat."""
+        return RoundContext(self.seed, self.round, self.rounds, client)
+
+    def entropy(self, purpose: str) -> int:
+        """A 63-bit seed for one purpose."""
+        text = f"{self.seed}/{self.round}/{self.client}/{purpose}"
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+    def generator(self, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:
+        """A fresh torch generator for one purpose."""
+        return torch.Generator(device=device).manual_seed(self.entropy(purpose))
+
+    def numpy(self, purpose: str) -> np.random.Generator:
+        """A fresh NumPy generator for one purpose."""
+        return np.random.default_rng(self.entropy(purpose))
+
+
+@dataclass(frozen=True)
+class LocalRecipe:
+    """How clients train: the part of the protocol that every participant, and so every adversary, knows."""
+
+    task: Task
+    num_classes: int
+    lr: float
+    momentum: float
+    weight_decay: float
+    batch_size: int
+    epochs: int | None
+    """Local epochs a round; None where `steps` is given."""
+    steps: int | None
+    """Local optimisation steps a round; None where `epochs` is given."""
+    mode: Literal["train", "eval"] = "train"
+    """Mode of normalisation layers and dropout while the client computes its gradients."""
+
+
+@dataclass(frozen=True)
+class FederationPlan:
+    """What is fixed before the first round; a defense calibrates itself on it."""
+
+    recipe: LocalRecipe
+    rounds: int
+    client_sizes: tuple[int, ...]
+    """Training images of each client."""
+    client_patients: tuple[int, ...] | None = None
+    """Distinct patients of each client, where the data set knows them."""
+
+    def steps_per_round(self, client: int) -> int:
+        """Optimisation steps that this client takes in one round."""
+        if self.recipe.steps is not None:
+            return self.recipe.steps
+        assert self.recipe.epochs is not None
+        return self.recipe.epochs * -(-self.client_sizes[client] // self.recipe.batch_size)
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one client sends, before it is encoded."""
+
+    client: int
+    delta: Tensor
+    """(d,) float32: shared trainable tensors after local training minus those received."""
+    num_samples: int
+    """The number of training images that the client claims."""
+    buffers: Tensor | None = None
+    """(b,) float32: shared floating-point buffers (BatchNorm statistics) after local training, absolute values."""
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+    """Side reports that the strategy declares."""
+
+
+@dataclass(frozen=True)
+class Payload:
+    """What travels from a client to the server."""
+
+    client: int
+    content: Any
+    """An `Update` in clear, or whatever the aggregator's `encode` made of it."""
+    num_bytes: int
+    """Size on the wire."""
+
+
+@dataclass(frozen=True)
+class ServerView:
+    """What really reached the server in one round, and what it may be assumed to know. Attacks see nothing else."""
+
+    round: int
+    params: Tensor
+    """(d,) what was broadcast."""
+    buffers: Tensor | None
+    layout: Layout
+    buffer_layout: Layout
+    updates: tuple[Update, ...]
+    """The clients' updates in clear or, where the aggregator hides individuals, one entry: their weighted mean."""
+    clients_in_sum: int
+    """1 where updates are individual, else the number of clients behind the single entry of `updates`."""
+    recipe: LocalRecipe
+    local_steps: int
+    """Optimisation steps behind each update."""
+    knowledge: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Defense name -> its `public_knowledge` (Kerckhoffs: the adversary knows the defense, not its secrets)."""
+    oracle_labels: Tensor | None = None
+    """True labels, only where the user asked for a told-in-advance attack; stamped into every result."""
+
+
+@dataclass(frozen=True)
+class PublicData:
+    """Images that anybody could have: the adversary's prior, disjoint from every attacked image by pixel hash."""
+
+    name: str
+    images: Tensor
+    """(N, C, H, W) float32 in [0, 1]."""
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class VictimPlan:
+    """Which uploads of which clients an attack from the server's seat asks to be shown.
+
+    In each of `rounds`, `images / batch` times, a client trains `local_steps` steps on one batch of its images, from
+    the model broadcast in that round and through its whole defense, and the server sees the result.
+    """
+
+    rounds: tuple[int, ...]
+    """1-based; -1 is the last round, and 1 sees the untrained model."""
+    images: int
+    batch: int
+    local_steps: int = 1
+    split: Literal["train", "test"] = "train"
+    """Whose images: the clients' own training images, or images no model has seen."""
+    mode: Literal["train", "eval"] | None = None
+    """Overrides the recipe's mode."""
+    oracle_labels: bool = False
+
+
+@dataclass(frozen=True)
+class Target:
+    """Everything an adversary holds when it draws its conclusion."""
+
+    model: Callable[[], nn.Module]
+    """Builds the (public) architecture, normalisation included, with the defenses' changes to it."""
+    views: tuple[ServerView, ...]
+    public: PublicData
+    image_shape: tuple[int, int, int]
+    ctx: RoundContext
+    device: torch.device
+    workers: int = 1
+    """Processes that the attack may use."""
+    progress: Callable[[int, int], None] = lambda done, total: None
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """Images that an attack believes were behind one view."""
+
+    images: Tensor
+    """(B, C, H, W) float32 in [0, 1]."""
+    labels: Tensor
+    """(B,) or (B, L): the labels used or recovered."""
+    method: str
+    certified: int = 0
+    """How many of the B images carry a certificate that needs no ground truth."""
+    residual: float = float("nan")
+    """Relative mismatch between the simulated and the observed upload."""
+    est_psnr: float | None = None
+    """The attack's own estimate of its PSNR in dB."""
+    seconds: float = 0.0
+    """CPU seconds."""
+    not_applicable: Mapping[str, str] = field(default_factory=dict)
+    """Method -> why it was skipped."""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What an attack concludes; the frame compares it with the truth."""
+
+    reconstructions: tuple[Reconstruction, ...] = ()
+    """One for each view of the target, in order."""
+    assumptions: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its 95 % interval and the number of independent units behind it."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def to_json(self) -> dict[str, float | int | None]:
+        """JSON form; NaN, which JSON lacks, becomes null."""
+        values = {"value": self.value, "low": self.low, "high": self.high}
+        return {**{k: None if v != v else float(v) for k, v in values.items()}, "n": int(self.n)}
+
+
+@dataclass(frozen=True)
+class PrivacySpent:
+    """One line of the privacy ledger, composed over the whole run. `epsilon` is never a per-round figure."""
+
+    epsilon: float
+    delta: float
+    unit: str
+    accountant: str
+    assumptions: tuple[str, ...] = ()
+    per_client: Mapping[int, float] = field(default_factory=dict)
+
+
+def sorted_by_client(items: Iterable[Any]) -> list[Any]:
+    """In client order: sums are then the same whichever engine produced the parts."""
+    return sorted(items, key=lambda item: item.client)
