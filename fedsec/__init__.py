@@ -1,0 +1,23 @@
+"""fedsec: what a federated medical image classifier gives away, and what it costs to stop that.
+
+The three entry points are `fedsec.run`, `fedsec.models.build` and `fedsec.data.load`; importing the package loads
+nothing heavy.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "run"]
+
+if TYPE_CHECKING:
+    from fedsec.api import run
+
+
+def __getattr__(name: str) -> Any:
+    if name == "run":
+        from fedsec.api import run
+
+        return run
+    raise AttributeError(f"module 'fedsec' has no attribute '{name}'")

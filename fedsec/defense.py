@@ -113,11 +113,12 @@ class Aggregator(ABC):
         from fedsec.types import Payload
 
         tensors = [update.delta, *update.extras.values(), *([] if update.buffers is None else [update.buffers])]
-        return Payload(update.client, update, sum(t.numel() * t.element_size() for t in tensors))
+        num_bytes = sum(t.numel() * t.element_size() for t in tensors)
+        return Payload(update.client, update, num_bytes, update.num_samples)
 
     @abstractmethod
-    def begin(self, ctx: RoundContext) -> None:
-        """Server: a round starts."""
+    def begin(self, weights: Mapping[int, float], ctx: RoundContext) -> None:
+        """Server: a round starts; `weights` (summing to 1) is what the strategy gives each client that replied."""
 
     @abstractmethod
     def accumulate(self, payload: Payload, ctx: RoundContext) -> None:

@@ -12,6 +12,10 @@ class FedsecError(Exception):
     exit_code = 3
 
 
+class RunError(FedsecError):
+    """The run could not be carried out (exit code 3)."""
+
+
 class ConfigError(FedsecError):
     """The request cannot be carried out as written: an option, a name, a value or an input (exit code 2)."""
 

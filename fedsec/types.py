@@ -152,6 +152,8 @@ class Payload:
     """An `Update` in clear, or whatever the aggregator's `encode` made of it."""
     num_bytes: int
     """Size on the wire."""
+    num_samples: int | None = None
+    """The claimed number of training images, where it travels in clear."""
 
 
 @dataclass(frozen=True)
@@ -285,3 +287,16 @@ class PrivacySpent:
 def sorted_by_client(items: Iterable[Any]) -> list[Any]:
     """In client order: sums are then the same whichever engine produced the parts."""
     return sorted(items, key=lambda item: item.client)
+
+
+def to_json(value: Any) -> Any:
+    """Estimates become objects, NaN becomes null."""
+    if hasattr(value, "to_json"):
+        return value.to_json()
+    if isinstance(value, Mapping):
+        return {str(k): to_json(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_json(v) for v in value]
+    if isinstance(value, float):
+        return None if value != value else value
+    return value.item() if hasattr(value, "item") else value

@@ -1,0 +1,63 @@
+"""`fedsec list`: the registered plugins, and with -v their parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from fedsec import plugins
+
+
+@click.command("list")
+@click.argument("kind", type=click.Choice(plugins.KINDS), metavar="attacks|defenses|datasets|models|strategies")
+@click.option("-v", "--verbose", is_flag=True, help="Also parameters: type, default, meaning.")
+def command(kind: str, verbose: bool) -> None:
+    """List attacks, defenses, datasets, models or strategies.
+
+    Third-party plugins are listed as soon as they are installed: they register the entry-point group fedsec.KIND.
+    """
+    names = plugins.names(kind)
+    width = max(map(len, names), default=0)
+    for name in names:
+        click.echo(f"{name:<{width}}  {plugins.summary(kind, name)}")
+        if verbose:
+            for line in details(kind, name):
+                click.echo(f"{'':<{width}}    {line}")
+    if kind == "datasets":
+        from fedsec.data import downloadable
+
+        click.echo(f"\nfedsec data get NAME downloads: {', '.join(downloadable())}")
+
+
+def details(kind: str, name: str) -> list[str]:
+    """One line a parameter; for plugins that are functions, their signature."""
+    import dataclasses
+    import inspect
+
+    plugin = plugins.load(kind, name)
+    if not (inspect.isclass(plugin) and dataclasses.is_dataclass(plugin)):
+        return [str(inspect.signature(plugin))]
+    seat = getattr(plugin, "seat", None)
+    lines = [f"seat: {seat}"] if seat else []
+    for key, (annotation, default, text) in plugins.parameter_fields(plugin).items():
+        shown = "required" if default is dataclasses.MISSING else f"default {default}"
+        lines.append(f"{key}: {type_name(annotation)}, {shown}{f'. {text}' if text else ''}")
+    return lines
+
+
+def type_name(annotation: Any) -> str:
+    """A type as people read it: `float`, `int or none`, `recovered|oracle`."""
+    import types
+    import typing
+
+    origin = typing.get_origin(annotation)
+    if origin is typing.Annotated:
+        return type_name(typing.get_args(annotation)[0])
+    if origin is typing.Literal:
+        return "|".join(map(str, typing.get_args(annotation)))
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(type_name(a) for a in typing.get_args(annotation))
+    if annotation is type(None):
+        return "none"
+    return getattr(annotation, "__name__", str(annotation))

@@ -1,0 +1,231 @@
+"""From a cell's configuration to a federation that is ready for its first round."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedsec import checkpoint, data, models, plugins
+from fedsec.attack import Attack
+from fedsec.config import Cell, FederationConfig
+from fedsec.data.base import Dataset
+from fedsec.data.partition import Partition, partition
+from fedsec.defense import Aggregator, Defense
+from fedsec.errors import ConfigError
+from fedsec.federation.aggregate import WeightedMean
+from fedsec.federation.engines.base import ClientData, Engine
+from fedsec.federation.engines.processes import Processes, usable_cores
+from fedsec.federation.engines.serial import Serial
+from fedsec.federation.participation import Participation
+from fedsec.federation.round import Seats, ServerState
+from fedsec.federation.strategy import Strategy
+from fedsec.types import FederationPlan, LocalRecipe, RoundContext
+
+
+@dataclass
+class Federation:
+    """Everything that one cell trains and evaluates with."""
+
+    cell: Cell
+    dataset: Dataset
+    partition: Partition
+    seats: Seats
+    plan: FederationPlan
+    participation: Participation
+    clients: ClientData
+    rows: tuple[np.ndarray, ...]
+    """Data set rows of each client's training images."""
+    evaluation: dict[str, tuple[tuple[Tensor, Tensor], ...]]
+    """`val` and `test`: each client's own part, in client order; together they are the whole part."""
+    device: torch.device
+    notes: tuple[str, ...]
+
+    def initial_state(self) -> ServerState:
+        """The server before the first round."""
+        tensors = dict(self.seats.model.state_dict(keep_vars=True))
+        sharing = self.seats.sharing
+        local = {}
+        if sharing.local.size:
+            personal = sharing.local.flatten(tensors)
+            local = {k: personal.clone() for k in range(len(self.clients))}
+        return ServerState(sharing.params.flatten(tensors), sharing.buffers.flatten(tensors), local)
+
+    def engine(self) -> Engine:
+        """The engine that the configuration names."""
+        settings = self.cell.federation
+        if settings.engine == "processes":
+            return Processes(self.seats, self.clients, timeout=settings.client_timeout)
+        return Serial(self.seats, self.clients)
+
+    def build_model(self) -> nn.Module:
+        """A fresh copy of the architecture, as every adversary knows it."""
+        return copy.deepcopy(self.seats.model)
+
+
+def resolve(cell: Cell) -> Cell:
+    """Replace `auto` by what this machine offers, so that the written configuration says what ran.
+
+    Raises:
+        ConfigError: CUDA was asked for where there is none.
+    """
+    device = resolve_device(cell.federation.device)
+    engine = cell.federation.engine
+    if engine == "auto":
+        engine = "processes" if device.type == "cpu" and usable_cores() > 1 else "serial"
+    if engine == "processes" and device.type != "cpu":
+        raise ConfigError(f"engine=processes works on the CPU, not on {device}; use engine=serial there")
+    settings: dict[str, Any] = {**vars(cell.federation), "device": str(device), "engine": engine}
+    if cell.federation.local_epochs is None and cell.federation.local_steps is None:
+        settings["local_epochs"] = 1
+    return Cell(cell.data, cell.model, FederationConfig(**settings), cell.attack, cell.defense, cell.seed)
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one.
+
+    Raises:
+        ConfigError: not a device, or not present.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device={name}: write auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device={name}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu")
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device={name}: write auto, cpu, cuda or cuda:N")
+    return device
+
+
+def build_stack(cell: Cell) -> tuple[tuple[Defense, ...], Attack | None, Strategy]:
+    """The cell's plugins, parameters checked, impossible combinations refused. Needs no data.
+
+    Raises:
+        ConfigError: an unknown plugin or parameter, or a stack that cannot work.
+    """
+    defenses: tuple[Defense, ...] = tuple(plugins.build("defenses", spec) for spec in cell.defense)
+    names = [d.name for d in defenses]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"--defense {cell.label()}: a stack holds each defense once")
+    attack = plugins.build("attacks", cell.attack) if cell.attack else None
+    strategy: Strategy = plugins.build("strategies", plugins.PluginSpec.parse(cell.federation.strategy))
+    choose_aggregator(defenses)
+    Participation.parse(cell.federation.participation)
+    return defenses, attack, strategy
+
+
+def choose_aggregator(defenses: tuple[Defense, ...]) -> Aggregator:
+    """The one rule of a stack; the weighted mean where it brings none.
+
+    Raises:
+        ConfigError: two rules, or a defense that looks at individuals under a rule that hides them.
+    """
+    rules = [(d.name, rule) for d in defenses if (rule := d.aggregator()) is not None]
+    if len(rules) > 1:
+        raise ConfigError(f"{' and '.join(name for name, _ in rules)} both aggregate; a stack holds one such rule")
+    if not rules:
+        return WeightedMean()
+    hiding, rule = rules[0]
+    for defense in defenses:
+        if not rule.sees_individuals and type(defense).on_receive is not Defense.on_receive:
+            raise ConfigError(
+                f"{defense.name} compares individual updates; {hiding} hides them from the server: "
+                "clip at the client instead, or drop one of the two"
+            )
+    return rule
+
+
+def assemble(cell: Cell, data_dir: Path | None = None) -> Federation:
+    """Load the data, deal it to the clients, build and prepare the model, and calibrate the defenses.
+
+    Args:
+        cell: a resolved cell. data_dir: where data sets are looked up first.
+    """
+    defenses, attack, strategy = build_stack(cell)
+    device = resolve_device(cell.federation.device)
+    dataset = data.load(cell.data.name, data_dir=data_dir, size=cell.data.size)
+    train_rows = np.flatnonzero(dataset.split == "train")
+    rng = np.random.default_rng(RoundContext(cell.seed, 0, 0).entropy("max-train"))
+    if cell.data.max_train is not None and cell.data.max_train < len(train_rows):
+        train_rows = np.sort(rng.choice(train_rows, cell.data.max_train, replace=False))
+    dealt = partition(dataset, train_rows, cell.data, num_clients=cell.federation.clients, seed=cell.seed)
+
+    channels, height, width = dataset.image_shape
+    if height != width:
+        raise ConfigError(f"{dataset.name}: images are {height}x{width}; give --set data.size=N for square ones")
+    model: nn.Module = models.build(
+        cell.model.name,
+        num_classes=dataset.num_classes,
+        in_channels=channels,
+        image_size=height,
+        norm=cell.model.norm,
+        seed=RoundContext(cell.seed, 0, 0).entropy("model"),
+        **cell.model.options,
+    )
+    notes: tuple[str, ...] = ()
+    if cell.model.weights is not None:
+        notes = checkpoint.load_into(model, Path(cell.model.weights))
+    for defense in defenses:
+        model = defense.prepare_model(model)
+    model = model.to(device=device, memory_format=torch.channels_last)
+
+    settings = cell.federation
+    recipe = strategy.recipe(
+        LocalRecipe(
+            task=dataset.task,
+            num_classes=dataset.num_classes,
+            lr=settings.lr,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+            batch_size=settings.batch_size,
+            epochs=settings.local_epochs,
+            steps=settings.local_steps,
+        )
+    )
+    patients = dataset.meta.get("patient")
+    plan = FederationPlan(
+        recipe=recipe,
+        rounds=settings.rounds,
+        client_sizes=tuple(len(rows) for rows in dealt.clients),
+        client_patients=None if patients is None else tuple(len(np.unique(patients[r])) for r in dealt.clients),
+    )
+    defenses = tuple(d.calibrate(plan) for d in defenses)
+    seats = Seats(
+        model=model,
+        recipe=recipe,
+        strategy=strategy,
+        sharing=strategy.sharing(model),
+        defenses=defenses,
+        attack=attack,
+        aggregator=choose_aggregator(defenses),
+        malicious=attack.controls(len(dealt.clients)) if attack and attack.seat == "client" else frozenset(),
+    )
+    return Federation(
+        cell=cell,
+        dataset=dataset,
+        partition=dealt,
+        seats=seats,
+        plan=plan,
+        participation=Participation.parse(settings.participation),
+        clients=tuple(_tensors(dataset, rows, device) for rows in dealt.clients),
+        rows=dealt.clients,
+        evaluation={
+            part: tuple(_tensors(dataset, rows, device) for rows in dealt.deal(dataset, part))
+            for part in ("val", "test")
+        },
+        device=device,
+        notes=notes,
+    )
+
+
+def _tensors(dataset: Dataset, rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
+    x, y = dataset.batch(rows)
+    return x.to(device=device, memory_format=torch.channels_last), y.to(device)

@@ -1,0 +1,208 @@
+"""One process a core with one thread each; images and model vectors lie in shared memory.
+
+A worker that dies or hangs costs its client the round and nothing else: the worker is replaced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import time
+from collections import deque
+from collections.abc import Sequence
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from fedsec.errors import FedsecError, RunError
+from fedsec.federation.engines.base import ClientData, Engine, reason
+from fedsec.federation.round import Reply, Seats, Turn, client_turn
+from fedsec.types import Payload, Update
+
+START_TIMEOUT = 120.0
+"""Seconds that a worker may take to import torch and receive its data."""
+
+
+class Processes(Engine):
+    """A pool of workers that take turns as they become free, the longest first.
+
+    Args:
+        seats: sent once to every worker.
+        data: the clients' images; moved to shared memory.
+        workers: number of processes; by default one for each core this process may use.
+        timeout: seconds after which a client's turn is given up.
+    """
+
+    def __init__(
+        self, seats: Seats, data: ClientData, workers: int | None = None, timeout: float | None = None
+    ) -> None:
+        self.seats = seats
+        self.data = tuple((x.share_memory_(), y.share_memory_()) for x, y in data)
+        self.timeout = timeout
+        self.context = mp.get_context("forkserver")
+        self.context.set_forkserver_preload(["fedsec.federation.engines.processes"])
+        # Row 0 is the common broadcast; each client's update comes back in its own row.
+        self.broadcast = torch.empty(seats.sharing.params.size).share_memory_()
+        self.deltas = torch.empty(len(data), seats.sharing.params.size).share_memory_()
+        count = min(workers or usable_cores(), len(data))
+        self.pool = [self._start() for _ in range(count)]
+
+    def _start(self) -> _Worker:
+        ours, theirs = self.context.Pipe()
+        arguments = (theirs, self.seats, self.data, self.broadcast, self.deltas)
+        process = self.context.Process(target=_serve, args=arguments, daemon=True)
+        try:
+            process.start()
+        except RuntimeError as error:
+            raise RunError(
+                "worker processes cannot start: put the call under `if __name__ == '__main__':` or use engine='serial'"
+            ) from error
+        theirs.close()
+        return _Worker(process, ours)
+
+    def train(self, turns: Sequence[Turn]) -> list[Reply]:
+        """All turns, as workers become free."""
+        # Turns carry the broadcast only where a malicious server sent something else than the common model.
+        common = turns[0].params if turns else None
+        if common is not None:
+            self.broadcast.copy_(common)
+        queue = deque(sorted(turns, key=lambda t: -len(self.data[t.client][0])))
+        replies: list[Reply] = []
+        idle = list(self.pool)
+        busy: dict[int, _Worker] = {}
+        while queue or busy:
+            while queue and idle:
+                worker = idle.pop()
+                worker.give(queue.popleft(), common)
+                busy[id(worker)] = worker
+            for worker in self._finished(list(busy.values())):
+                del busy[id(worker)]
+                reply = worker.take(self.deltas)
+                if reply.failure is not None and not worker.process.is_alive():
+                    self.pool.remove(worker)
+                    worker = self._start()
+                    self.pool.append(worker)
+                idle.append(worker)
+                replies.append(reply)
+        return replies
+
+    def _finished(self, busy: list[_Worker]) -> list[_Worker]:
+        """Wait until a worker has replied, died, or run out of time (then it is killed)."""
+        handles: dict[Any, _Worker] = {w.pipe: w for w in busy} | {w.process.sentinel: w for w in busy}
+        patience = None
+        if self.timeout is not None:
+            patience = max(0.0, min(w.deadline(self.timeout) for w in busy) - time.monotonic())
+        ready = {id(w): w for handle in wait(list(handles), patience) for w in [handles[handle]]}
+        if self.timeout is not None:
+            for worker in busy:
+                if id(worker) not in ready and time.monotonic() >= worker.deadline(self.timeout):
+                    worker.kill(f"timeout: no reply within {self.timeout:g} s")
+                    ready[id(worker)] = worker
+        return list(ready.values())
+
+    def close(self) -> None:
+        """Stop all workers."""
+        for worker in self.pool:
+            worker.stop()
+        self.pool = []
+
+
+class _Worker:
+    """The parent's end of one worker process."""
+
+    def __init__(self, process: Any, pipe: Connection) -> None:
+        self.process = process
+        self.pipe = pipe
+        self.turn: Turn | None = None
+        self.since = 0.0
+        self.ready = False
+        self.verdict: str | None = None
+
+    def deadline(self, timeout: float) -> float:
+        # The first turn waits for the worker's imports, which are not the client's fault.
+        return self.since + timeout + (0.0 if self.ready else START_TIMEOUT)
+
+    def give(self, turn: Turn, common: Tensor | None) -> None:
+        self.turn = turn
+        self.since = time.monotonic()
+        light = dataclasses.replace(turn, params=turn.params[:0]) if turn.params is common else turn
+        try:
+            self.pipe.send(light)
+        except (BrokenPipeError, OSError):
+            self.process.join(5)
+
+    def take(self, deltas: Tensor) -> Reply:
+        """The reply, with the update's vector read from shared memory."""
+        assert self.turn is not None
+        client, self.turn = self.turn.client, None
+        try:
+            if self.verdict is not None or not self.pipe.poll():
+                raise EOFError
+            reply, shared = self.pipe.recv()
+        except (EOFError, OSError):
+            self.process.join(5)
+            code = self.process.exitcode
+            return Reply(client, None, failure=self.verdict or f"its worker process died (exit code {code})")
+        if isinstance(reply, FedsecError):
+            raise reply
+        self.ready = True
+        assert isinstance(reply, Reply)
+        return dataclasses.replace(reply, content=_swap(reply.content, deltas[client].clone())) if shared else reply
+
+    def kill(self, verdict: str) -> None:
+        self.verdict = verdict
+        self.process.kill()
+        self.process.join(5)
+
+    def stop(self) -> None:
+        with contextlib.suppress(BrokenPipeError, OSError):
+            self.pipe.send(None)
+        self.process.join(2)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join(5)
+        self.pipe.close()
+
+
+def _swap(content: Update | Payload | None, delta: Tensor) -> Update | Payload | None:
+    """Replace the vector of an update in clear, wherever it sits."""
+    if isinstance(content, Update):
+        return dataclasses.replace(content, delta=delta)
+    assert isinstance(content, Payload)
+    return dataclasses.replace(content, content=_swap(content.content, delta))
+
+
+def _serve(pipe: Connection, seats: Seats, data: ClientData, broadcast: Tensor, deltas: Tensor) -> None:
+    """A worker's life: one turn after the other until told to stop or the parent is gone."""
+    torch.set_num_threads(1)
+    try:
+        while (turn := pipe.recv()) is not None:
+            if turn.params.numel() == 0:
+                turn = dataclasses.replace(turn, params=broadcast)
+            pipe.send(_carry_out(seats, turn, data, deltas))
+    except (EOFError, BrokenPipeError, KeyboardInterrupt):
+        os._exit(0)
+
+
+def _carry_out(seats: Seats, turn: Turn, data: ClientData, deltas: Tensor) -> tuple[Reply | FedsecError, bool]:
+    """A turn's reply, and whether its update's vector was left in shared memory instead of the reply."""
+    try:
+        reply = client_turn(seats, turn, *data[turn.client])
+    except FedsecError as error:
+        return error, False
+    except Exception as error:
+        return Reply(turn.client, None, failure=reason(error)), False
+    update = reply.content.content if isinstance(reply.content, Payload) else reply.content
+    if not isinstance(update, Update) or update.delta.shape != deltas[turn.client].shape:
+        return reply, False
+    deltas[turn.client].copy_(update.delta)
+    return dataclasses.replace(reply, content=_swap(reply.content, torch.empty(0))), True
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

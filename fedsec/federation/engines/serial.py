@@ -1,0 +1,29 @@
+"""One client after the other, in this process: the engine to debug with, and the one that is bit-reproducible."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fedsec.errors import FedsecError
+from fedsec.federation.engines.base import ClientData, Engine, reason
+from fedsec.federation.round import Reply, Seats, Turn, client_turn
+
+
+class Serial(Engine):
+    """Carries out turns in order. A timeout cannot interrupt a client here; `processes` can."""
+
+    def __init__(self, seats: Seats, data: ClientData) -> None:
+        self.seats = seats
+        self.data = data
+
+    def train(self, turns: Sequence[Turn]) -> list[Reply]:
+        """All turns, one by one."""
+        replies = []
+        for turn in turns:
+            try:
+                replies.append(client_turn(self.seats, turn, *self.data[turn.client]))
+            except FedsecError:
+                raise  # a wrong configuration is not one client's failure
+            except Exception as error:
+                replies.append(Reply(turn.client, None, failure=reason(error)))
+        return replies

@@ -1,0 +1,71 @@
+"""How good the trained model is: on each client's own part and on all of them together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedsec.federation.assemble import Federation
+from fedsec.federation.round import load
+from fedsec.metrics import utility as measures
+from fedsec.models.loss import probabilities
+from fedsec.types import RoundContext, to_json
+
+EVALUATION_BATCH = 512
+
+
+@torch.no_grad()
+def predict(federation: Federation, x: Tensor) -> Tensor:
+    """Scores (N, C) on the CPU, of the parameters that are in the model now."""
+    model = federation.seats.model
+    model.eval()
+    parts = [probabilities(model(batch), federation.dataset.task).cpu() for batch in x.split(EVALUATION_BATCH)]
+    return torch.cat(parts) if parts else torch.empty(0, federation.dataset.num_classes)
+
+
+def scores_by_client(
+    federation: Federation, part: str, params: Tensor, buffers: Tensor, local: Mapping[int, Tensor]
+) -> list[tuple[Tensor, Tensor]]:
+    """Each client's (scores, labels) on its own part of `val` or `test`, under its own personal tensors."""
+    pieces = federation.evaluation[part]
+    seats = federation.seats
+    load(seats.model, seats.sharing, params, buffers, None)
+    if not local:
+        everything = predict(federation, torch.cat([x for x, _ in pieces]))
+        return list(zip(everything.split([len(x) for x, _ in pieces]), (y.cpu() for _, y in pieces), strict=True))
+    result = []
+    for client, (x, y) in enumerate(pieces):
+        load(seats.model, seats.sharing, params, buffers, local[client])
+        result.append((predict(federation, x), y.cpu()))
+    return result
+
+
+def curve_point(federation: Federation, params: Tensor, buffers: Tensor, local: Mapping[int, Tensor]) -> float:
+    """AUC on the validation part (the test part where there is none)."""
+    part = "val" if any(len(x) for x, _ in federation.evaluation["val"]) else "test"
+    pieces = scores_by_client(federation, part, params, buffers, local)
+    scores, labels = (torch.cat(column).numpy() for column in zip(*pieces, strict=True))
+    return float(measures.auc(scores, labels, federation.dataset.task))
+
+
+def evaluate(federation: Federation, params: Tensor, buffers: Tensor, local: Mapping[int, Tensor]) -> dict[str, Any]:
+    """All utility measures on the test part, with intervals, in JSON form."""
+    pieces = scores_by_client(federation, "test", params, buffers, local)
+    scores, labels = (torch.cat(column).numpy() for column in zip(*pieces, strict=True))
+    rng = RoundContext(federation.cell.seed, 0, 0).numpy("utility-bootstrap")
+    dataset = federation.dataset
+    pooled = measures.utility(
+        scores,
+        labels,
+        dataset.task,
+        class_names=dataset.class_names,
+        positive_class=dataset.positive_class,
+        generator=rng,
+    )
+    own = measures.per_client_utility(
+        [(s.numpy(), y.numpy()) for s, y in pieces], federation.partition.names, dataset.task, generator=rng
+    )
+    return to_json({**pooled, **own})

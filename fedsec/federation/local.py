@@ -1,0 +1,83 @@
+"""How one client trains: batches, loss and optimiser. A defense may wrap the step (see `fedsec.defense.LocalStep`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from fedsec.defense import LocalStep
+from fedsec.models.loss import task_loss
+from fedsec.types import LocalRecipe, RoundContext
+
+
+class PlainStep:
+    """Plain SGD on shuffled batches, one epoch after the other."""
+
+    def __init__(self, model: nn.Module, recipe: LocalRecipe) -> None:
+        self.model = model
+        self.recipe = recipe
+        params = [p for p in model.parameters() if p.requires_grad]
+        # A fresh optimiser each round: momentum does not survive a broadcast.
+        self.optimizer: torch.optim.Optimizer = torch.optim.SGD(
+            params,
+            lr=recipe.lr,
+            momentum=recipe.momentum,
+            weight_decay=recipe.weight_decay,
+            fused=all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in params),
+        )
+        self.loss = task_loss(recipe.task)
+
+    def batches(self, size: int, ctx: RoundContext) -> Iterator[Tensor]:
+        """Shuffled index batches for the recipe's epochs or steps; the last batch of an epoch may be short."""
+        generator = ctx.generator("batches")
+        left = self.recipe.steps
+        epochs = self.recipe.epochs
+        while (epochs is None or epochs > 0) and left != 0:
+            for batch in torch.randperm(size, generator=generator).split(self.recipe.batch_size):
+                yield batch
+                if left is not None:
+                    left -= 1
+                    if left == 0:
+                        return
+            if epochs is not None:
+                epochs -= 1
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        """One SGD step."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.loss(self.model(x), y)
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+
+def train_locally(
+    step: LocalStep,
+    x: Tensor,
+    y: Tensor,
+    recipe: LocalRecipe,
+    ctx: RoundContext,
+    batches: Iterable[Tensor] | None = None,
+) -> tuple[float, int]:
+    """Run one round of local training.
+
+    Args:
+        step: the client's optimisation, as its defenses made it.
+        x: (n, C, H, W) images. y: their labels.
+        recipe: how clients train.
+        ctx: the client's own.
+        batches: index tensors to train on instead of those that the step draws.
+
+    Returns:
+        mean loss over the steps (NaN where there was none), and the number of steps.
+    """
+    step.model.train(recipe.mode == "train")
+    total: Tensor | float = 0.0
+    steps = 0
+    for batch in step.batches(len(x), ctx) if batches is None else batches:
+        rows = batch.to(x.device)
+        total = total + step(x[rows], y[rows])
+        steps += 1
+    return (float(total) / steps if steps else float("nan")), steps

@@ -1,0 +1,163 @@
+"""Stage one: train a federation, evaluate it, and keep what later attacks may look at.
+
+A curious server and an outsider do not change the training, so that any number of such attacks share one training;
+a malicious client or server is part of it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fedsec import checkpoint
+from fedsec.federation.assemble import Federation
+from fedsec.federation.evaluation import curve_point, evaluate
+from fedsec.federation.round import RoundRecord, load, run_round
+from fedsec.files import write_json
+from fedsec.progress import Progress
+from fedsec.types import RoundContext, to_json
+
+
+@dataclass(frozen=True)
+class Training:
+    """A finished training: everything that stage two needs of it."""
+
+    snapshots: Mapping[int, tuple[Tensor, Tensor]]
+    """Round -> the parameters and buffers that were broadcast in it; rounds + 1 is the released model."""
+    history: tuple[dict[str, Any], ...]
+    utility: dict[str, Any]
+    privacy: dict[str, Any]
+    cost: dict[str, Any]
+    notes: tuple[str, ...]
+
+    def save(self, folder: Path, federation: Federation) -> None:
+        """Write the training to a folder that appears whole or not at all."""
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        try:
+            tensors = {
+                f"round-{r}/{name}": t
+                for r, pair in self.snapshots.items()
+                for name, t in zip(("params", "buffers"), pair, strict=True)
+            }
+            checkpoint.save(temporary / "snapshots.safetensors", tensors, {})
+            load(federation.seats.model, federation.seats.sharing, *self.snapshots[max(self.snapshots)], None)
+            checkpoint.save(
+                temporary / "model.safetensors", federation.seats.model.state_dict(), model_record(federation)
+            )
+            text = {k: v for k, v in vars(self).items() if k != "snapshots"}
+            write_json(temporary / "training.json", {**text, "rounds_kept": sorted(self.snapshots)})
+            if folder.exists():
+                shutil.rmtree(folder)
+            temporary.rename(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    @classmethod
+    def open(cls, folder: Path, rounds: Iterable[int]) -> Training | None:
+        """Read a saved training; None where it is absent or did not keep all of `rounds`."""
+        try:
+            content = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+        except (FileNotFoundError, json.JSONDecodeError):
+            return None
+        kept = content.pop("rounds_kept")
+        if not set(rounds) <= set(kept):
+            return None
+        tensors, _ = checkpoint.load(folder / "snapshots.safetensors")
+        snapshots = {r: (tensors[f"round-{r}/params"], tensors[f"round-{r}/buffers"]) for r in kept}
+        content["history"], content["notes"] = tuple(content["history"]), tuple(content["notes"])
+        return cls(snapshots=snapshots, **content)
+
+
+def model_record(federation: Federation) -> dict[str, Any]:
+    """How to build the model again: travels in the checkpoint's header."""
+    dataset, model = federation.dataset, federation.cell.model
+    fixed = {n.rpartition(".")[2]: b for n, b in federation.seats.model.named_buffers()}
+    return {
+        "model": model.name,
+        "norm": model.norm,
+        "options": dict(model.options),
+        "num_classes": dataset.num_classes,
+        "class_names": list(dataset.class_names),
+        "task": dataset.task,
+        "image_shape": list(dataset.image_shape),
+        "normalisation": {k: fixed[k].flatten().tolist() for k in ("mean", "std") if k in fixed},
+        "defense": [spec.to_table() for spec in federation.cell.defense],
+    }
+
+
+def train(federation: Federation, keep: Iterable[int], progress: Progress | None = None) -> Training:
+    """Run all rounds.
+
+    Args:
+        federation: as `assemble` gives it.
+        keep: rounds whose broadcast model is kept for attacks; the released model is always kept.
+        progress: told after every round.
+    """
+    progress = progress or Progress()
+    settings = federation.cell.federation
+    state = federation.initial_state()
+    keep = set(keep)
+    snapshots: dict[int, tuple[Tensor, Tensor]] = {}
+    history: list[dict[str, Any]] = []
+    start = time.perf_counter()
+    training_seconds = 0.0
+    progress.stage(f"training, defense {federation.cell.label()}", settings.rounds)
+    with federation.engine() as engine:
+        for number in range(1, settings.rounds + 1):
+            ctx = RoundContext(federation.cell.seed, number, settings.rounds)
+            if number in keep:
+                snapshots[number] = (state.params.cpu().clone(), state.buffers.cpu().clone())
+            present = federation.participation.select(len(federation.clients), ctx)
+            record = run_round(federation.seats, state, present, ctx, engine.train)
+            training_seconds += record.seconds
+            auc = curve_point(federation, state.params, state.buffers, state.local)
+            history.append(_plain(record, auc))
+            progress.advance(number, f"validation AUC {auc:.3f}" + _trouble(record))
+    snapshots[settings.rounds + 1] = (state.params.cpu(), state.buffers.cpu())
+    utility = evaluate(federation, state.params, state.buffers, state.local)
+    return Training(
+        snapshots=snapshots,
+        history=tuple(history),
+        utility=utility,
+        privacy=privacy_spent(federation),
+        cost={
+            "seconds": round(time.perf_counter() - start, 3),
+            "rounds_per_second": round(settings.rounds / max(training_seconds, 1e-9), 3),
+            "upload_bytes_per_client": history[-1]["upload_bytes"],
+            "expansion": round(history[-1]["upload_bytes"] / max(1, plain_bytes(federation)), 4),
+        },
+        notes=federation.notes,
+    )
+
+
+def plain_bytes(federation: Federation) -> int:
+    """Bytes of one unprotected upload: four for each shared number."""
+    return 4 * (federation.seats.sharing.params.size + federation.seats.sharing.buffers.size)
+
+
+def privacy_spent(federation: Federation) -> dict[str, Any]:
+    """What the stack's claims amount to over the whole run; empty where it makes none."""
+    claims = [c for d in federation.seats.defenses if (c := d.privacy()) is not None]
+    if not claims:
+        return {}
+    claim = claims[0]
+    result = asdict(claim)
+    result["per_client"] = {federation.partition.names[k]: e for k, e in claim.per_client.items()}
+    return result
+
+
+def _plain(record: RoundRecord, auc: float) -> dict[str, Any]:
+    return to_json({**asdict(record), "validation_auc": auc})  # type: ignore[no-any-return]
+
+
+def _trouble(record: RoundRecord) -> str:
+    return "".join(f"; client {k} failed: {why}" for k, why in record.failed.items())

@@ -1,0 +1,125 @@
+"""What a curious server is shown of chosen victims: uploads made by the very code of a federated round.
+
+A victim is a batch of a client's images. In an observed round the client trains on that batch, from the model that
+was broadcast, through its whole defense; the server sees what reaches it. Where the aggregator hides individuals,
+every other client takes part with a batch of its own, and the server sees the sum.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedsec.errors import ConfigError
+from fedsec.federation.assemble import Federation
+from fedsec.federation.round import Seats, ServerState, Turn, aggregate, broadcast, client_turn, collect, server_view
+from fedsec.federation.training import Training
+from fedsec.types import LocalRecipe, RoundContext, ServerView, VictimPlan
+
+
+@dataclass(frozen=True)
+class Victim:
+    """The truth behind one view. No attack ever receives it."""
+
+    client: int
+    round: int
+    rows: np.ndarray
+    """Data set rows."""
+    images: Tensor
+    labels: Tensor
+
+
+def rounds_of(plan: VictimPlan, rounds: int) -> tuple[int, ...]:
+    """The plan's rounds as 1-based numbers, -1 being the last; each once, sorted."""
+    chosen = sorted({rounds if r == -1 else r for r in plan.rounds})
+    for number in chosen:
+        if not 1 <= number <= rounds + 1:
+            raise ConfigError(f"round {number} cannot be observed: this run has rounds 1 to {rounds}")
+    return tuple(chosen)
+
+
+def choose(federation: Federation, plan: VictimPlan) -> list[tuple[int, np.ndarray]]:
+    """(client, data set rows) of each victim: a function of data, partition and seed, whatever the defense."""
+    rng = RoundContext(federation.cell.seed, 0, 0).numpy("victims")
+    owned = federation.rows if plan.split == "train" else federation.partition.deal(federation.dataset, "test")
+    pools = {k: list(rng.permutation(rows)) for k, rows in enumerate(owned) if len(rows) >= plan.batch}
+    victims: list[tuple[int, np.ndarray]] = []
+    count = max(1, plan.images // plan.batch)
+    while len(victims) < count and pools:
+        for client in list(pools):
+            if len(pools[client]) < plan.batch:
+                del pools[client]
+            elif len(victims) < count:
+                rows = [pools[client].pop() for _ in range(plan.batch)]
+                victims.append((client, np.array(rows)))
+    if len(victims) < count:
+        raise ConfigError(
+            f"{count} victim batches of {plan.batch} images were asked for, the clients' {plan.split} images make only "
+            f"{len(victims)}: lower images or batch"
+        )
+    return victims
+
+
+def observe(federation: Federation, training: Training, plan: VictimPlan) -> tuple[list[ServerView], list[Victim]]:
+    """The views that the plan asks for, round by round, and the truth behind each."""
+    views: list[ServerView] = []
+    truth: list[Victim] = []
+    chosen = choose(federation, plan)
+    recipe = victim_recipe(federation.seats.recipe, plan)
+    seats = replace(federation.seats, recipe=recipe)
+    for number in rounds_of(plan, federation.cell.federation.rounds):
+        params, buffers = (t.to(federation.device) for t in training.snapshots[number])
+        for index, (client, rows) in enumerate(chosen):
+            x, y = _images(federation, rows)
+            # A stream of its own for each victim: no two share noise with each other or with the training.
+            seed = RoundContext(federation.cell.seed, number, 0, client).entropy(f"victim/{index}")
+            ctx = RoundContext(seed, number, federation.cell.federation.rounds)
+            state = ServerState(params, buffers, federation.initial_state().local)
+            labels = y.cpu() if plan.oracle_labels else None
+            views.append(_view(federation, seats, state, client, (x, y), plan, ctx, labels))
+            truth.append(Victim(client, number, rows, x.cpu(), y.cpu()))
+    return views, truth
+
+
+def victim_recipe(recipe: LocalRecipe, plan: VictimPlan) -> LocalRecipe:
+    """The clients' recipe for a victim's few steps on one whole batch."""
+    mode = plan.mode or recipe.mode
+    return replace(recipe, steps=plan.local_steps, epochs=None, batch_size=plan.batch, mode=mode)
+
+
+def _view(
+    federation: Federation,
+    seats: Seats,
+    state: ServerState,
+    victim: int,
+    batch: tuple[Tensor, Tensor],
+    plan: VictimPlan,
+    ctx: RoundContext,
+    labels: Tensor | None,
+) -> ServerView:
+    hidden = not seats.aggregator.sees_individuals
+    replies = []
+    for client in range(len(federation.clients)) if hidden else [victim]:
+        x, y = batch if client == victim else _bystander(federation, client, plan.batch, ctx)
+        whole = [torch.arange(len(x))] * plan.local_steps
+        params = broadcast(seats, state.params, client, ctx)
+        turn = Turn(client, params, state.buffers, ctx.for_client(client), state.local.get(client))
+        replies.append(client_turn(seats, turn, x, y, whole))
+    payloads = collect(seats, replies, ctx)
+    result = aggregate(seats, payloads, ctx)[0] if hidden else None
+    view = server_view(seats, state, payloads, result, plan.local_steps, ctx, labels)
+    return replace(view, params=view.params.cpu())
+
+
+def _bystander(federation: Federation, client: int, batch: int, ctx: RoundContext) -> tuple[Tensor, Tensor]:
+    x, y = federation.clients[client]
+    rows = ctx.for_client(client).numpy("bystander").choice(len(x), min(batch, len(x)), replace=False)
+    return x[rows], y[rows]
+
+
+def _images(federation: Federation, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+    x, y = federation.dataset.batch(rows)
+    return x.to(device=federation.device, memory_format=torch.channels_last), y.to(federation.device)
