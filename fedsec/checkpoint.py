@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,8 +43,8 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ConfigError(f"{path}: no such model file")
     if path.suffix == ".safetensors":
         return _load_safetensors(path)
-    if path.suffix == ".pt2":
-        raise UnsafeFileError(f"{path}: .pt2 archives can run code when they are read; save a state dict instead")
+    if path.suffix == ".pt2" or _is_torchscript(path):
+        raise UnsafeFileError(f"{path}: this archive of a program can run code when it is read; save its state dict instead")
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -59,6 +60,16 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not isinstance(loaded, Mapping) or not all(isinstance(v, Tensor) for v in loaded.values()):
         raise ConfigError(f"{path}: holds a {type(loaded).__name__}, not a state dict of tensors")
     return dict(loaded), {}
+
+
+def _is_torchscript(path: Path) -> bool:
+    """Programs saved by torch.jit or torch.export hold code beside the tensors."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [name.partition("/")[2] for name in archive.namelist()]
+    except (zipfile.BadZipFile, OSError):
+        return False
+    return "constants.pkl" in names or any(name.startswith("code/") for name in names)
 
 
 def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

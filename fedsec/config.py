@@ -97,6 +97,25 @@ class Cell:
             "seed": self.seed,
         }
 
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Cell:
+        """The cell that `to_json` wrote.
+
+        Raises:
+            ConfigError: a table or parameter is missing, unknown or not allowed.
+        """
+        try:
+            return cls(
+                data=construct(DataConfig, content["data"], "data"),
+                model=construct(ModelConfig, content["model"], "model"),
+                federation=construct(FederationConfig, content["federation"], "federation"),
+                attack=PluginSpec.from_table(content["attack"]) if content["attack"] else None,
+                defense=tuple(PluginSpec.from_table(table) for table in content["defense"]),
+                seed=int(content["seed"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"not a resolved cell: {type(error).__name__}: {error}") from None
+
     def key(self, *, without_attack: bool = False) -> str:
         """Eight hex digits of the content: equal cells have equal keys on every machine."""
         content = self.to_json()
@@ -130,6 +149,19 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def read_resolved(path: Path) -> list[dict[str, Any]]:
+    """The cells of a run's resolved.json, which reproduce it."""
+    try:
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        raise ConfigError(f"{path}: not a resolved.json of a run") from None
+    if not isinstance(cells, list) or not cells:
+        raise ConfigError(f"{path}: holds no cells")
+    return cells
 
 
 def set_path(tables: dict[str, Any], assignment: str) -> None:
@@ -203,6 +235,10 @@ def expand(tables: Mapping[str, Any]) -> list[Cell]:
     Raises:
         ConfigError: an unknown table or parameter, or a value that is not allowed.
     """
+    if "cells" in tables:
+        if extra := sorted(tables.keys() - {"cells"}):
+            raise ConfigError(f"a resolved.json says everything; leave out {', '.join(extra)}")
+        return [Cell.from_json(content) for content in tables["cells"]]
     for key in tables:
         if key not in KEYS:
             raise ConfigError(f"unknown table [{key}]: {nearest(key, KEYS)}")

@@ -7,6 +7,7 @@ Names are found through entry points, ours exactly as a third party's. Listing t
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import importlib.metadata
@@ -145,10 +146,13 @@ def construct(cls: type[T], params: Mapping[str, Any], label: str) -> T:
             raise ConfigError(
                 f"{label}: unknown parameter '{key}': {nearest(key, fields) if fields else 'it has none'}"
             )
-        annotation = fields[key][0]
-        given = None if isinstance(value, str) and value.lower() in ("none", "null") else value
+        checked: TypeAdapter[Any] = TypeAdapter(fields[key][0])
+        if isinstance(value, str) and value.lower() in ("none", "null"):
+            with contextlib.suppress(ValidationError):  # some parameters know 'none' as a choice
+                values[key] = checked.validate_python(None)
+                continue
         try:
-            values[key] = TypeAdapter(annotation).validate_python(given)
+            values[key] = checked.validate_python(value)
         except ValidationError as error:
             problem = error.errors()[0]["msg"].removeprefix("Value error, ")
             raise ConfigError(f"{label}: {key}={value} is not allowed: {problem}") from None

@@ -26,11 +26,8 @@ def command() -> None:
     if broken:
         raise RunError(f"{broken} of {len(CHECKS)} checks failed; reinstall with pip install --force-reinstall fedsec")
 
-
 def _python() -> str:
-    if sys.version_info < (3, 11):
-        raise RuntimeError(f"{sys.version.split()[0]} is too old; 3.11 or newer is needed")
-    return sys.version.split()[0]
+    return f"{sys.version.split()[0]} at {sys.executable}"
 
 
 def _packages() -> str:
@@ -41,7 +38,6 @@ def _packages() -> str:
 
 def _torch() -> str:
     import torch
-    import torchvision.ops  # the pair must match: a wrong torchvision fails here
 
     weights = torch.zeros(1, requires_grad=True)
     (weights * 2).sum().backward()  # type: ignore[no-untyped-call]

@@ -48,7 +48,9 @@ PLACES = {
 @click.option("--lr", type=float, help="Learning rate of the clients' SGD (default 0.02).")
 @click.option("--partition", metavar="LAW", help="iid, dirichlet, quantity, site or patient.")
 @click.option("--alpha", type=float, help="Concentration of the dirichlet and quantity partitions (default 0.5).")
-@click.option("--strategy", metavar="NAME[:KEY=VALUE,…]", help="What is shared and how it is combined (default fedavg).")
+@click.option(
+    "--strategy", metavar="NAME[:KEY=VALUE,…]", help="What is shared and how it is combined (default fedavg)."
+)
 @click.option("--participation", metavar="WHO", help="full, a fraction such as 0.5, or intermittent:p=0.8.")
 @click.option("--engine", metavar="NAME", help="serial, processes or auto.")
 @click.option("--device", metavar="NAME", help="cpu, cuda, cuda:N or auto.")

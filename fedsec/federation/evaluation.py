@@ -66,6 +66,11 @@ def evaluate(federation: Federation, params: Tensor, buffers: Tensor, local: Map
         generator=rng,
     )
     own = measures.per_client_utility(
-        [(s.numpy(), y.numpy()) for s, y in pieces], federation.partition.names, dataset.task, generator=rng
+        [(s.numpy(), y.numpy()) for s, y in pieces],
+        federation.partition.names,
+        dataset.task,
+        positive_class=dataset.positive_class,
+        generator=rng,
     )
-    return to_json({**pooled, **own})
+    result: dict[str, Any] = to_json({**pooled, **own})
+    return result

@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import nn
 
 from fedsec.errors import ConfigError
+from fedsec.models.base import Normalised
 from fedsec.types import Layout, LocalRecipe
 
 
@@ -91,7 +92,7 @@ def resolve(model: nn.Module, local: tuple[str, ...], label: str) -> Sharing:
     Raises:
         ConfigError: a selector is malformed or matches nothing.
     """
-    fixed = {name for name, _ in model.named_buffers() if name.rpartition(".")[2] in ("mean", "std")}
+    fixed = set(Normalised.normalisation_keys)
     types = {f"{path}.{n}".lstrip("."): type(m).__name__ for path, m in model.named_modules() for n in own_tensors(m)}
     chosen: set[str] = set()
     for selector in local:

@@ -6,6 +6,7 @@ A worker that dies or hangs costs its client the round and nothing else: the wor
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import os
 import time
@@ -123,10 +124,15 @@ class _Worker:
         self.verdict: str | None = None
 
     def deadline(self, timeout: float) -> float:
-        # The first turn waits for the worker's imports, which are not the client's fault.
-        return self.since + timeout + (0.0 if self.ready else START_TIMEOUT)
+        return self.since + timeout
 
     def give(self, turn: Turn, common: Tensor | None) -> None:
+        if not self.ready:  # its imports are not the client's fault: the clock starts when the worker is up
+            if not self.pipe.poll(START_TIMEOUT):
+                raise RunError(f"a worker process did not start within {START_TIMEOUT:g} s; use engine=serial")
+            with contextlib.suppress(EOFError):
+                self.pipe.recv()
+            self.ready = True
         self.turn = turn
         self.since = time.monotonic()
         light = dataclasses.replace(turn, params=turn.params[:0]) if turn.params is common else turn
@@ -149,7 +155,6 @@ class _Worker:
             return Reply(client, None, failure=self.verdict or f"its worker process died (exit code {code})")
         if isinstance(reply, FedsecError):
             raise reply
-        self.ready = True
         assert isinstance(reply, Reply)
         return dataclasses.replace(reply, content=_swap(reply.content, deltas[client].clone())) if shared else reply
 
@@ -179,7 +184,10 @@ def _swap(content: Update | Payload | None, delta: Tensor) -> Update | Payload |
 def _serve(pipe: Connection, seats: Seats, data: ClientData, broadcast: Tensor, deltas: Tensor) -> None:
     """A worker's life: one turn after the other until told to stop or the parent is gone."""
     torch.set_num_threads(1)
+    # Tensors arrive in shared memory: without a copy, all workers would train the same parameters at once.
+    seats = dataclasses.replace(seats, model=copy.deepcopy(seats.model))
     try:
+        pipe.send(None)
         while (turn := pipe.recv()) is not None:
             if turn.params.numel() == 0:
                 turn = dataclasses.replace(turn, params=broadcast)

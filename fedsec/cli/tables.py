@@ -1,0 +1,128 @@
+"""How results are printed for people: one row a cell, what the numbers mean, and what to type next."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from fedsec.config import Cell
+from fedsec.plugins import PluginSpec
+
+Result = Mapping[str, Any]
+MARGIN = 2.0
+"""dB above the public mean image from which a reconstruction is called more than the prior."""
+
+
+def print_results(cells: Sequence[Result], folder: Path) -> None:
+    """The results of a run, on standard output."""
+    console = Console(highlight=False, soft_wrap=False)
+    if not cells:
+        console.print(f"{folder}: no finished cell")
+        return
+    console.print(results_table(cells))
+    for line in (*meaning(cells), *origin(cells)):
+        console.print(line, markup=False, soft_wrap=True)
+    console.print(f"run folder: {folder}   next: fedsec plot {folder}", markup=False, soft_wrap=True)
+
+
+def results_table(cells: Sequence[Result]) -> Table:
+    """Columns that no cell fills are left out."""
+    rows = [_row(cell) for cell in cells]
+    titles = [t for t in rows[0] if any(row[t] for row in rows)]
+    table = Table(title=f"{cells[0]['dataset']}, {cells[0]['model']}, {_attack(cells)}", title_justify="left")
+    for title in titles:
+        table.add_column(title, justify="left" if title in ("defense", "attack") else "right")
+    for row in rows:
+        table.add_row(*(row[t] for t in titles))
+    return table
+
+
+def _attack(cells: Sequence[Result]) -> str:
+    names = {str(PluginSpec.from_table(c["attack"])) if c.get("attack") else "no attack" for c in cells}
+    return names.pop() if len(names) == 1 else f"{len(names)} attacks"
+
+
+def _row(cell: Result) -> dict[str, str]:
+    utility, leakage, privacy = (cell.get(key, {}) for key in ("utility", "leakage", "privacy"))
+    attacks = cell.get("attack")
+    return {
+        "attack": attacks["name"] if attacks else "",
+        "defense": defense_label(cell),
+        "seed": str(cell["seed"]),
+        "test AUC": interval(utility.get("auc"), 3),
+        "worst client": interval(utility.get("worst_client_auc"), 3, bare=True),
+        "PSNR dB": interval(leakage.get("psnr"), 1),
+        "prior": interval(leakage.get("prior_psnr"), 1, bare=True),
+        "certified": str(leakage.get("certified", "")),
+        "re-id": percent(leakage.get("reid_rank1")),
+        "epsilon": f"{privacy['epsilon']:.2f}" if privacy.get("epsilon") is not None else "",
+        "s": f"{cell['cost']['seconds']:.0f}",
+    }
+
+
+def defense_label(cell: Result) -> str:
+    """The cell's defense as people write it."""
+    return Cell(defense=tuple(PluginSpec.from_table(t) for t in cell.get("defense", []))).label()
+
+
+def interval(estimate: Mapping[str, Any] | None, digits: int, bare: bool = False) -> str:
+    """`0.95 [0.93, 0.97]`."""
+    if not estimate or estimate["value"] is None:
+        return ""
+    text = f"{estimate['value']:.{digits}f}"
+    if bare or estimate["low"] is None:
+        return text
+    return f"{text} [{estimate['low']:.{digits}f}, {estimate['high']:.{digits}f}]"
+
+
+def percent(estimate: Mapping[str, Any] | None) -> str:
+    """A share as a percentage."""
+    return f"{100 * estimate['value']:.0f} %" if estimate and estimate["value"] is not None else ""
+
+
+def meaning(cells: Sequence[Result]) -> list[str]:
+    """One sentence for each attacked cell, from its numbers."""
+    lines = []
+    for cell in cells:
+        leakage = cell.get("leakage")
+        if not leakage or leakage.get("psnr", {}).get("value") is None:
+            continue
+        gain = leakage["psnr"]["value"] - leakage["prior_psnr"]["value"]
+        chance = leakage.get("reid_chance")
+        rank = leakage.get("reid_rank1", {}).get("value")
+        identified = f"; {rank:.0%} of the patients are re-identified (chance {chance:.1%})" if rank is not None else ""
+        who = f"{defense_label(cell)} (seed {cell['seed']})"
+        if gain > MARGIN:
+            verdict = f"the server's images are {gain:.1f} dB better than a public mean image{identified}"
+        else:
+            verdict = (
+                f"the server's images are no better than a public mean image ({gain:+.1f} dB){identified}. "
+                "This attack failed; that alone does not show privacy"
+            )
+        lines.append(f"{who}: {verdict}.")
+    return lines
+
+
+def origin(cells: Sequence[Result]) -> list[str]:
+    """Whose images these are, and what the numbers assume."""
+    lines = []
+    if cells[0]["dataset"].startswith("synthetic"):
+        lines.append("Data: built-in synthetic images, no patient's. For real ones: fedsec data get pneumoniamnist")
+    noisy = [a for c in cells for a in c.get("privacy", {}).get("assumptions", []) if "seed" in a]
+    if noisy:
+        lines.append(f"DP noise: {noisy[0]}.")
+    observed = next((c["assumptions"] for c in cells if c.get("leakage")), None)
+    if observed:
+        lines.append(
+            f"Assumed: labels {observed.get('labels')}, victim batch {observed.get('victim_batch')}, "
+            f"rounds observed {', '.join(map(str, observed.get('rounds_observed', [])))} (1 sees the untrained model); "
+            "the worst round is shown, all are in the cells."
+        )
+    troubled = {who for c in cells for failed in c.get("failed_clients", {}).values() for who in failed}
+    if troubled:
+        lines.append(f"Clients that failed in some round (see failed_clients): {', '.join(sorted(troubled))}")
+    return lines
