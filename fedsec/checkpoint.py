@@ -44,7 +44,9 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if path.suffix == ".safetensors":
         return _load_safetensors(path)
     if path.suffix == ".pt2" or _is_torchscript(path):
-        raise UnsafeFileError(f"{path}: this archive of a program can run code when it is read; save its state dict instead")
+        raise UnsafeFileError(
+            f"{path}: this archive of a program can run code when it is read; save its state dict instead"
+        )
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

@@ -29,9 +29,9 @@ class DataConfig:
     name: Annotated[str, Field(description="data set name, or path of an npz file or folder")] = "synthetic-cxr"
     size: Annotated[int | None, Field(ge=16, description="side in pixels; the set's own where not given")] = None
     partition: Annotated[
-        Literal["iid", "dirichlet", "quantity", "site", "patient"],
-        Field(description="how the training images are dealt to the clients"),
-    ] = "iid"
+        Literal["auto", "iid", "dirichlet", "quantity", "site", "patient"],
+        Field(description="how training images are dealt; auto: by site where known and no number of clients is asked"),
+    ] = "auto"
     alpha: Annotated[float, Field(gt=0, description="concentration of the dirichlet and quantity partitions")] = 0.5
     unit: Annotated[Literal["patient", "image"], Field(description="what is never split between clients")] = "patient"
     min_images: Annotated[int, Field(ge=1, description="smallest client")] = 10

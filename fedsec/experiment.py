@@ -19,7 +19,8 @@ from fedsec.federation.assemble import Federation, assemble, build_stack
 from fedsec.federation.engines.processes import usable_cores
 from fedsec.federation.training import Training, train
 from fedsec.federation.victims import Victim, observe, rounds_of
-from fedsec.metrics import image as image_metrics
+from fedsec.metrics.image import pixel_hash
+from fedsec.metrics.reconstruction import summarise_reconstructions
 from fedsec.progress import Progress
 from fedsec.types import Findings, PublicData, RoundContext, Target, to_json
 
@@ -154,8 +155,8 @@ def public_data(federation: Federation, victims: list[Victim]) -> PublicData:
     if len(rows) == 0:
         rows, origin = np.flatnonzero(dataset.split == "test"), "test part"
     x, y = dataset.batch(rows)
-    attacked = set(image_metrics.pixel_hash(torch.cat([v.images for v in victims])))
-    fresh = [i for i, digest in enumerate(image_metrics.pixel_hash(x)) if digest not in attacked]
+    attacked = set(pixel_hash(torch.cat([v.images for v in victims])))
+    fresh = [i for i, digest in enumerate(pixel_hash(x)) if digest not in attacked]
     return PublicData(f"{dataset.name}, {origin}", x[fresh], y[fresh])
 
 
@@ -167,7 +168,7 @@ def leakage_of(findings: Findings, victims: list[Victim], federation: Federation
     by_round: dict[int, dict[str, Any]] = {}
     for number in sorted({v.round for v in victims}):
         chosen = [i for i, v in enumerate(victims) if v.round == number]
-        by_round[number] = image_metrics.summarise_reconstructions(
+        by_round[number] = summarise_reconstructions(
             tuple(findings.reconstructions[i] for i in chosen),
             [victims[i].images for i in chosen],
             [victims[i].labels for i in chosen],

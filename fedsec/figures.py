@@ -29,12 +29,12 @@ def draw(run: Path, redact: bool = False) -> list[Path]:
         for number in sorted({int(r) for c in chosen for r in c.get("leakage", {}).get("by_round", {})}):
             rows = wall(folder, chosen, number)
             if rows:
-                path = figures / f"reconstructions-round-{number}-seed-{seed}.png"
+                path = figures / f"reconstructions-round-{number}-seed-{seed}"
                 written += plotting.reconstruction_wall(rows, path, redact=redact)
     curves = {title(c, cells): curve(folder, c) for c in cells}
     curves = {name: points for name, points in curves.items() if points}
     if curves:
-        written += plotting.training_curve(curves, figures / "training.png")
+        written += plotting.training_curve(curves, figures / "training", ylabel="validation AUC")
     return written
 
 
@@ -50,7 +50,8 @@ def wall(folder: RunFolder, cells: list[Mapping[str, Any]], number: int) -> list
         mean = tensors["public_mean"]
         keys = sorted(k for k in tensors if f"/round-{number}/" in k)
         originals, recovered = (
-            [image for k in keys if k.endswith(kind) for image in tensors[k]][:SHOWN] for kind in ("original", "recovered")
+            [image for k in keys if k.endswith(kind) for image in tensors[k]][:SHOWN]
+            for kind in ("original", "recovered")
         )
         if not rows:
             rows.append(("original", _stack(originals)))

@@ -63,13 +63,14 @@ def reconstruction_wall(rows: Sequence[tuple[str, Tensor]], path: str | Path, *,
     figure = Figure(figsize=size, facecolor="white")
     for r, (title, images) in enumerate(walls):
         top = size[1] - r * (tall + _CAPTION + _GAP) + (_CAPTION if r else 0)
+        label = _wrapped(title, 19)
         figure.text(
             (_TITLE - 0.12) / size[0],
             (top - tall / 2) / size[1],
-            _wrapped(title, 19),
+            label,
             ha="right",
             va="center",
-            fontsize=8.5,
+            fontsize=min(8.5, 60 * tall / (label.count("\n") + 1)),
             fontweight="bold" if r == 0 else "normal",
         )
         for c, image in enumerate(images):

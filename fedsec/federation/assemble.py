@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fedsec import checkpoint, data, models, plugins
 from fedsec.attack import Attack
-from fedsec.config import Cell, FederationConfig
+from fedsec.config import Cell, DataConfig, FederationConfig
 from fedsec.data.base import Dataset
 from fedsec.data.partition import Partition, partition
 from fedsec.defense import Aggregator, Defense
@@ -43,6 +43,8 @@ class Federation:
     """Data set rows of each client's training images."""
     evaluation: dict[str, tuple[tuple[Tensor, Tensor], ...]]
     """`val` and `test`: each client's own part, in client order; together they are the whole part."""
+    test_groups: tuple[np.ndarray, ...]
+    """Patient, lesion or image of each of a client's test images: intervals resample these."""
     device: torch.device
     notes: tuple[str, ...]
 
@@ -156,7 +158,7 @@ def assemble(cell: Cell, data_dir: Path | None = None) -> Federation:
     rng = np.random.default_rng(RoundContext(cell.seed, 0, 0).entropy("max-train"))
     if cell.data.max_train is not None and cell.data.max_train < len(train_rows):
         train_rows = np.sort(rng.choice(train_rows, cell.data.max_train, replace=False))
-    dealt = partition(dataset, train_rows, cell.data, num_clients=cell.federation.clients, seed=cell.seed)
+    dealt = partition(dataset, train_rows, deal_law(cell, dataset), num_clients=cell.federation.clients, seed=cell.seed)
 
     channels, height, width = dataset.image_shape
     if height != width:
@@ -208,6 +210,7 @@ def assemble(cell: Cell, data_dir: Path | None = None) -> Federation:
         aggregator=choose_aggregator(defenses),
         malicious=attack.controls(len(dealt.clients)) if attack and attack.seat == "client" else frozenset(),
     )
+    parts = {part: dealt.deal(dataset, part) for part in ("val", "test")}
     return Federation(
         cell=cell,
         dataset=dataset,
@@ -217,13 +220,20 @@ def assemble(cell: Cell, data_dir: Path | None = None) -> Federation:
         participation=Participation.parse(settings.participation),
         clients=tuple(_tensors(dataset, rows, device) for rows in dealt.clients),
         rows=dealt.clients,
-        evaluation={
-            part: tuple(_tensors(dataset, rows, device) for rows in dealt.deal(dataset, part))
-            for part in ("val", "test")
-        },
+        evaluation={part: tuple(_tensors(dataset, r, device) for r in rows) for part, rows in parts.items()},
+        test_groups=tuple(dataset.groups()[rows] for rows in parts["test"]),
         device=device,
         notes=notes,
     )
+
+
+def deal_law(cell: Cell, dataset: Dataset) -> DataConfig:
+    """The partition that was asked for; `auto` keeps the data's own sites where it knows some."""
+    if cell.data.partition != "auto":
+        return cell.data
+    sites = np.unique(dataset.meta.get("site", np.array([""]))[dataset.split == "train"])
+    natural = cell.federation.clients is None and len(sites) > 1 and "" not in sites
+    return replace(cell.data, partition="site" if natural else "iid")
 
 
 def _tensors(dataset: Dataset, rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -63,6 +64,7 @@ def evaluate(federation: Federation, params: Tensor, buffers: Tensor, local: Map
         dataset.task,
         class_names=dataset.class_names,
         positive_class=dataset.positive_class,
+        groups=np.concatenate(federation.test_groups),
         generator=rng,
     )
     own = measures.per_client_utility(
@@ -70,6 +72,7 @@ def evaluate(federation: Federation, params: Tensor, buffers: Tensor, local: Map
         federation.partition.names,
         dataset.task,
         positive_class=dataset.positive_class,
+        groups=federation.test_groups,
         generator=rng,
     )
     result: dict[str, Any] = to_json({**pooled, **own})

@@ -1,0 +1,1 @@
+"""Pure functions that turn scores, images and updates into numbers with intervals."""

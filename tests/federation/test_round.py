@@ -171,7 +171,7 @@ class Failing(Defense):
         ("raise", {}, "ValueError: disk full"),
         ("raise", {"workers": 2}, "ValueError: disk full"),
         ("die", {"workers": 2}, "worker process died"),
-        ("hang", {"workers": 2, "timeout": 2.0}, "timeout"),
+        ("hang", {"workers": 2, "timeout": 8.0}, "timeout"),
     ],
 )
 def test_a_failing_client_is_named_and_the_round_goes_on(how: str, engine: dict[str, Any], reason: str) -> None:
