@@ -16,9 +16,9 @@ from fedsec import checkpoint
 from fedsec.attack import Attack
 from fedsec.config import Cell
 from fedsec.federation.assemble import Federation, assemble, build_stack
-from fedsec.federation.engines.processes import usable_cores
 from fedsec.federation.training import Training, train
 from fedsec.federation.victims import Victim, observe, rounds_of
+from fedsec.machine import prepare_for_small_networks, usable_cores
 from fedsec.metrics.image import pixel_hash
 from fedsec.metrics.reconstruction import summarise_reconstructions
 from fedsec.progress import Progress
@@ -63,7 +63,7 @@ def run_cell(
     start = time.perf_counter()
     progress = progress or Progress()
     if torch.device(cell.federation.device).type == "cpu":
-        torch.set_num_threads(1)  # small convolutions are 10-50x slower with more threads than free cores
+        prepare_for_small_networks()
     _, attack, _ = build_stack(cell)
     plan = attack.victims() if attack else None
     rounds = rounds_of(plan, cell.federation.rounds) if plan else ()

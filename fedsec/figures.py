@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ def draw(run: Path, redact: bool = False) -> list[Path]:
     return written
 
 
-def wall(folder: RunFolder, cells: list[Mapping[str, Any]], number: int) -> list[tuple[str, Tensor]]:
+def wall(folder: RunFolder, cells: Sequence[Mapping[str, Any]], number: int) -> list[tuple[str, Tensor]]:
     """Rows of one observed round: the originals, what each cell's attack recovered, and the public mean image."""
     rows: list[tuple[str, Tensor]] = []
     mean: Tensor | None = None

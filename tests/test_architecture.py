@@ -15,7 +15,7 @@ SOURCES = [p for top in ("fedsec", "attacks", "defenses") for p in (ROOT / top).
 
 # What each layer may import of fedsec; later layers may import earlier ones.
 LAYERS = [
-    {"errors", "files", "progress"},
+    {"errors", "files", "machine", "progress"},
     {"plugins", "types"},
     {"attack", "defense", "metrics", "models", "data", "privacy", "config", "checkpoint"},
     {"federation"},

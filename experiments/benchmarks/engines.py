@@ -29,6 +29,7 @@ from fedsec.federation.engines.processes import Processes
 from fedsec.federation.engines.serial import Serial
 from fedsec.federation.round import Seats, ServerState, run_round
 from fedsec.federation.strategy import FedAvg
+from fedsec.machine import prepare_for_small_networks
 from fedsec.types import LocalRecipe, RoundContext, Seat
 
 RECIPE = LocalRecipe("binary", 2, lr=0.02, momentum=0.9, weight_decay=0.0, batch_size=32, epochs=1, steps=None)
@@ -99,7 +100,7 @@ def main() -> None:
     parser.add_argument("--model", default="cnn")
     parser.add_argument("--workers", type=int, default=2)
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    prepare_for_small_networks()  # the lean loop, in the same process, has the benefit of it too
     generator = torch.Generator().manual_seed(0)
     data = tuple(
         (torch.rand(arguments.images, 1, 28, 28, generator=generator), torch.arange(arguments.images) % 2)

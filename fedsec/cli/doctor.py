@@ -26,6 +26,7 @@ def command() -> None:
     if broken:
         raise RunError(f"{broken} of {len(CHECKS)} checks failed; reinstall with pip install --force-reinstall fedsec")
 
+
 def _python() -> str:
     return f"{sys.version.split()[0]} at {sys.executable}"
 
@@ -40,13 +41,13 @@ def _torch() -> str:
     import torch
 
     weights = torch.zeros(1, requires_grad=True)
-    (weights * 2).sum().backward()  # type: ignore[no-untyped-call]
+    (weights * 2).sum().backward()
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return f"torch and torchvision match; CUDA: {', '.join(devices) or 'none, runs use the CPU'}"
 
 
 def _cores() -> str:
-    from fedsec.federation.engines.processes import usable_cores
+    from fedsec.machine import usable_cores
 
     load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
     return f"{usable_cores()} usable{load}"
@@ -64,9 +65,9 @@ def _plugins() -> str:
 
 
 def _data() -> str:
-    from fedsec.data import search_path
+    from fedsec.data.registry import search_path
 
-    found = [f"{p} ({sum(1 for _ in p.glob('*.npz'))} npz)" for p in search_path(None) if p.is_dir()]
+    found = [f"{p} ({sum(1 for _ in p.glob('*.npz'))} npz)" for p in search_path() if p.is_dir()]
     return ", ".join(found) or "no folder yet; set FEDSEC_DATA, or fedsec data get pneumoniamnist"
 
 

@@ -25,9 +25,13 @@ def command(kind: str, verbose: bool) -> None:
             for line in details(kind, name):
                 click.echo(f"{'':<{width}}    {line}")
     if kind == "datasets":
-        from fedsec.data import downloadable
+        from fedsec.data.registry import catalogue
 
-        click.echo(f"\nfedsec data get NAME downloads: {', '.join(downloadable())}")
+        click.echo("\nBy name, from an npz file (fedsec data get NAME downloads those marked *):")
+        for item in catalogue():
+            if item.licence:
+                star = "*" if item.downloadable else " "
+                click.echo(f"{item.name:<15}{star} {item.summary}; {item.licence}")
 
 
 def details(kind: str, name: str) -> list[str]:

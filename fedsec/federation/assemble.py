@@ -20,11 +20,12 @@ from fedsec.defense import Aggregator, Defense
 from fedsec.errors import ConfigError
 from fedsec.federation.aggregate import WeightedMean
 from fedsec.federation.engines.base import ClientData, Engine
-from fedsec.federation.engines.processes import Processes, usable_cores
+from fedsec.federation.engines.processes import Processes
 from fedsec.federation.engines.serial import Serial
 from fedsec.federation.participation import Participation
 from fedsec.federation.round import Seats, ServerState
 from fedsec.federation.strategy import Strategy
+from fedsec.machine import usable_cores
 from fedsec.types import FederationPlan, LocalRecipe, RoundContext
 
 
@@ -177,7 +178,7 @@ def assemble(cell: Cell, data_dir: Path | None = None) -> Federation:
         notes = checkpoint.load_into(model, Path(cell.model.weights))
     for defense in defenses:
         model = defense.prepare_model(model)
-    model = model.to(device=device, memory_format=torch.channels_last)
+    model = model.to(device).to(memory_format=torch.channels_last)
 
     settings = cell.federation
     recipe = strategy.recipe(

@@ -22,6 +22,7 @@ from torch import Tensor
 from fedsec.errors import FedsecError, RunError
 from fedsec.federation.engines.base import ClientData, Engine, reason
 from fedsec.federation.round import Reply, Seats, Turn, client_turn
+from fedsec.machine import prepare_for_small_networks, usable_cores
 from fedsec.types import Payload, Update
 
 START_TIMEOUT = 120.0
@@ -183,7 +184,7 @@ def _swap(content: Update | Payload | None, delta: Tensor) -> Update | Payload |
 
 def _serve(pipe: Connection, seats: Seats, data: ClientData, broadcast: Tensor, deltas: Tensor) -> None:
     """A worker's life: one turn after the other until told to stop or the parent is gone."""
-    torch.set_num_threads(1)
+    prepare_for_small_networks()
     # Tensors arrive in shared memory: without a copy, all workers would train the same parameters at once.
     seats = dataclasses.replace(seats, model=copy.deepcopy(seats.model))
     try:
@@ -209,8 +210,3 @@ def _carry_out(seats: Seats, turn: Turn, data: ClientData, deltas: Tensor) -> tu
         return reply, False
     deltas[turn.client].copy_(update.delta)
     return dataclasses.replace(reply, content=_swap(reply.content, torch.empty(0))), True
-
-
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
