@@ -77,9 +77,13 @@ def run_cells(
         RunError: a cell failed; those before it are kept.
     """
     from fedsec.experiment import run_cell, shared_rounds, training_key_of
+    from fedsec.federation.assemble import assemble
 
     stages: dict[str, Stage] = {}
     wanted = shared_rounds(cells)
+    left = {training_key_of(c): c for c in cells if folder.finished(c.key()) is None}
+    for cell in left.values():
+        assemble(cell, data_dir)  # what cannot work is refused before the first round of the first cell
     results = []
     for number, cell in enumerate(cells, 1):
         done = folder.finished(cell.key())

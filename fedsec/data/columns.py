@@ -28,7 +28,13 @@ class Ages:
 
 
 def texts(values: npt.ArrayLike) -> npt.NDArray[np.str_]:
-    """Stripped text; bytes are read as UTF-8, whole floats lose their `.0`, unknown tokens become empty."""
+    """Stripped text in which unknown tokens are empty."""
+    found = names(values)
+    return np.where(np.isin(np.char.lower(found), list(UNKNOWN)), "", found)
+
+
+def names(values: npt.ArrayLike) -> npt.NDArray[np.str_]:
+    """Stripped text; bytes are read as UTF-8 and whole floats lose their `.0`. A class may be called `none`."""
     array = np.asarray(values).reshape(-1)
     if array.dtype.kind == "S":
         array = np.char.decode(array, "utf-8")
@@ -36,8 +42,7 @@ def texts(values: npt.ArrayLike) -> npt.NDArray[np.str_]:
         array = np.array(
             ["" if np.isnan(v) else f"{v:g}" if v != int(v) else str(int(v)) for v in array], dtype=np.str_
         )
-    stripped = np.char.strip(array.astype(np.str_))
-    return np.where(np.isin(np.char.lower(stripped), list(UNKNOWN)), "", stripped)
+    return np.char.strip(array.astype(np.str_))
 
 
 def sexes(values: npt.ArrayLike) -> npt.NDArray[np.str_]:

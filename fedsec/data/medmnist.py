@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field
 
 from fedsec.data.base import Dataset
-from fedsec.data.columns import normalised, texts
+from fedsec.data.columns import names, normalised
 from fedsec.data.digest import PARTS, fingerprint, image_digests
 from fedsec.data.images import ArrayImages, Pixels, checked_size, resized
 from fedsec.data.medmnist_table import SETS, VOLUMES, SetInfo
@@ -23,6 +24,7 @@ from fedsec.data.npz import Header, read_array, read_headers
 from fedsec.data.npz_labels import labels_of
 from fedsec.data.report import LoadReport, with_contents
 from fedsec.errors import DataError
+from fedsec.plugins import construct
 
 READER = "npz-1"
 COLUMNS = {
@@ -59,19 +61,27 @@ class _Reading:
         return read_array(self.path, key)
 
 
-def load(path: Path, *, name: str, size: int | None = None, strict: bool = False) -> Dataset:
-    """A MedMNIST set, or any npz file with MedMNIST's keys.
+@dataclass(frozen=True)
+class NpzOptions:
+    """What may be chosen when an npz file is read."""
+
+    strict: Annotated[bool, Field(description="refuse a file whose MD5 is not the published one")] = False
+
+
+def load(path: Path, *, name: str, size: int | None = None, **options: Any) -> Dataset:
+    """A MedMNIST set, or your own npz file with MedMNIST's keys.
 
     Args:
         path: the npz file.
         name: of the set; the facts of `medmnist_table` apply where it lists the name.
         size: side in pixels; None: as stored.
-        strict: refuse a file whose MD5 is not the published one.
+        options: those of `NpzOptions`.
 
     Raises:
         DataError: one line that names the array, the row and the fix.
         UnsafeFileError: the file holds Python objects.
     """
+    strict = construct(NpzOptions, options, name).strict
     return read_set(path, name=name, info=SETS.get(name, SetInfo()), size=size, strict=strict)
 
 
@@ -81,40 +91,41 @@ def read_set(path: Path, *, name: str, info: SetInfo, size: int | None, strict: 
         raise DataError("D09", f"{name}: three-dimensional sets are not supported; choose a 2-D MedMNIST set")
     reading = _open(path)
     pixels = _images(reading, info)
-    side = checked_size(size) if size is not None else None
     _check_md5(reading, info, pixels.shape[1], strict)
-    names = _class_names(reading, info)
     raw = {part: reading.array(f"{part}_labels") for part in reading.parts}
-    table = labels_of(path, raw, info.task, names)
-    split = np.repeat(reading.parts, list(reading.lengths().values())).astype("<U5")
-    meta = _meta(reading)
-    left_out = {"of unknown label": int((~table.known).sum())} if not table.known.all() else {}
-    if not table.known.all():
-        pixels, split = pixels[table.known], split[table.known]
-        meta = {key: column[table.known] for key, column in meta.items()}
-    if not len(pixels):
-        raise DataError("D13", f"{path}: no image is left; rows: {len(table.known)}, without a label: {left_out}")
-    if side is not None and side > max(pixels.shape[1:3]):
-        reading.notes.append(f"images were enlarged from {pixels.shape[1]} to {side} pixels")
-    policy = {"resized_from": list(pixels.shape[1:3])} if side not in (None, *pixels.shape[1:3]) else {}
-    pixels = pixels if side is None else resized(pixels, side)
+    table = labels_of(path, raw, info.task, _class_names(reading, info))
+    known = table.known
+    unknown = int((~known).sum())
+    if not known.any():
+        raise DataError("D13", f"{path}: no image is left: {len(known)} rows, {unknown} of them of unknown label")
+    meta = {key: column[known] for key, column in _meta(reading).items()}
+    split = np.repeat(reading.parts, list(reading.lengths().values()))[known]
+    pixels, policy = _sized(reading, pixels if unknown == 0 else pixels[known], size)
     images = ArrayImages(pixels)
     digests = image_digests(images)
-    unread = sorted(set(reading.headers) - reading.used)
-    if unread:
+    groups = _groups(meta)
+    if "patient" in meta:
+        meta["patient"] = groups
+    if unread := sorted(set(reading.headers) - reading.used):
         reading.notes.append(f"arrays not used: {', '.join(unread)}")
     report = LoadReport(
-        rows_read=len(table.known),
-        left_out=left_out,
+        rows_read=len(known),
+        left_out={"of unknown label": unknown} if unknown else {},
         constant_images=_constant(pixels),
         unknown_age=int(np.isnan(meta["age"]).sum()) if "age" in meta else 0,
         patient_known="patient" in meta,
         policy=policy,
         notes=tuple(reading.notes),
     )
-    groups = _groups(meta)
-    if "patient" in meta:
-        meta["patient"] = groups
+    report = with_contents(
+        report,
+        digests=digests,
+        labels=table.labels,
+        class_names=table.class_names,
+        split=split,
+        groups=groups,
+        official=True,
+    )
     return Dataset(
         name=name,
         variant=f"size={pixels.shape[1]}",
@@ -126,18 +137,21 @@ def read_set(path: Path, *, name: str, info: SetInfo, size: int | None, strict: 
         meta=meta,
         split=split,
         split_origin="official",
-        report=with_contents(
-            report,
-            digests=digests,
-            labels=table.labels,
-            class_names=table.class_names,
-            split=split,
-            groups=groups,
-            official=True,
-        ),
+        report=report,
         fingerprint=fingerprint(READER, name, table.class_names, digests, table.labels, split, *meta.values()),
         **info.provenance(),
     )
+
+
+def _sized(reading: _Reading, pixels: Pixels, size: int | None) -> tuple[Pixels, dict[str, Any]]:
+    """The images at the size that was asked for, and what that changed."""
+    side = checked_size(size) if size is not None else None
+    stored = pixels.shape[1:3]
+    if side is None or stored == (side, side):
+        return pixels, {}
+    if side > max(stored):
+        reading.notes.append(f"images were enlarged from {stored[0]} x {stored[1]} to {side} x {side} pixels")
+    return resized(pixels, side), {"resized_from": list(stored)}
 
 
 def _open(path: Path) -> _Reading:
@@ -201,7 +215,7 @@ def _class_names(reading: _Reading, info: SetInfo) -> tuple[str, ...]:
     """The table's names; else the file's; else none. A file that contradicts the table is refused."""
     for key in NAMES:
         if key in reading.headers:
-            given = tuple(texts(reading.array(key)).tolist())
+            given = tuple(names(reading.array(key)).tolist())
             if info.class_names and [n.lower() for n in given] != [n.lower() for n in info.class_names]:
                 order = ", ".join(info.class_names)
                 raise DataError("D05", f"{reading.path}: {key} are {', '.join(given)}; this set's order is {order}")
@@ -239,8 +253,8 @@ def _named(reading: _Reading, suffix: str, values: npt.NDArray[Any]) -> npt.NDAr
     key = f"{suffix}_names"
     if key not in reading.headers:
         return values
-    names = dict(enumerate(texts(reading.array(key)).tolist()))
-    return np.array([names.get(int(v), v) if v.isdecimal() else v for v in values.tolist()], dtype=np.str_)
+    known = dict(enumerate(names(reading.array(key)).tolist()))
+    return np.array([known.get(int(v), v) if v.isdecimal() else v for v in values.tolist()], dtype=np.str_)
 
 
 def _check_unique(path: Path, ids: npt.NDArray[np.str_]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import heapq
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -71,8 +71,12 @@ class PartitionSpec:
     """What `site` does with values of fewer than `min_images` images, and with blank ones."""
 
     def __post_init__(self) -> None:
-        choices = {"partition": Kind, "unit": Literal["patient", "image"]}
-        choices |= {"law": Literal["dirichlet", "power"], "small": Literal["error", "merge", "drop"]}
+        choices: dict[str, Any] = {
+            "partition": Kind,
+            "unit": Literal["patient", "image"],
+            "law": Literal["dirichlet", "power"],
+            "small": Literal["error", "merge", "drop"],
+        }
         for name, literal in choices.items():
             if getattr(self, name) not in get_args(literal):
                 raise ConfigError(f"{name}={getattr(self, name)}: choose {', '.join(get_args(literal))}")
@@ -199,7 +203,7 @@ def _draw_shares(spec: PartitionSpec, num_classes: int, k: int, rng: np.random.G
         return rng.dirichlet(np.full(k, spec.alpha), size=1)
     if spec.partition == "quantity":
         powers = np.arange(1, k + 1, dtype=np.float64)[None] ** -spec.alpha
-        return powers / powers.sum()
+        return np.asarray(powers / powers.sum())
     return None
 
 
@@ -275,6 +279,9 @@ def _by_site(
         values = np.where(np.isin(values, small), OTHER, values)
         names.append(OTHER)
     clients = tuple(rows[values == name] for name in names)
+    if not names or min(map(len, clients)) < spec.min_images:
+        problem = f"not one {spec.column} is left" if not names else f"'{OTHER}' is below min_images={spec.min_images}"
+        raise ConfigError(f"{dataset.name}: {problem}: set a smaller min_images, or choose another partition")
     if num_clients not in (None, len(names)):
         problem = f"{num_clients} clients asked for, but partition=site gives {len(names)} ({', '.join(names)})"
         raise ConfigError(f"{dataset.name}: {problem}: leave the number of clients out, or choose another partition")

@@ -1,7 +1,7 @@
-"""What the two built-in generators share: random streams, patients and sites, soft shapes, textures and scanners.
+"""What the two built-in generators share: random streams, patients, sites and their scanners.
 
 Every draw comes from a stream named by (seed, purpose, patient, image), so an image depends neither on how many
-images there are nor on which of them are asked for. Coordinates: x right, y down, both in [-1, 1].
+images there are nor on which of them are asked for.
 """
 
 from __future__ import annotations
@@ -22,13 +22,12 @@ from scipy.special import pdtr
 from fedsec.data.base import Dataset
 from fedsec.data.cache import cached
 from fedsec.data.digest import fingerprint, image_digests
+from fedsec.data.drawing import Field3, blur_matrix, grid
 from fedsec.data.images import ArrayImages, Pixels, checked_size
 from fedsec.data.report import LoadReport, with_contents
 from fedsec.data.splits import derived_split
 from fedsec.errors import ConfigError
 
-Field3 = npt.NDArray[Any]
-"""(B, S, S) values of B images, or what broadcasts to them."""
 Ints = npt.NDArray[np.int64]
 Draws = dict[str, npt.NDArray[Any]]
 """Name -> (B, 1, 1), or (B, n) for a vector."""
@@ -88,8 +87,10 @@ class Layout:
     def of(cls, options: Options) -> Layout:
         """1 to 4 images a patient, 1.4 on average, until there are enough."""
         counts: list[int] = []
-        while sum(counts) < options.images:
+        total = 0
+        while total < options.images:
             counts.append(min(int(generator(options.seed, Stream.LAYOUT, len(counts)).geometric(0.7)), 4))
+            total += counts[-1]
         patient = np.repeat(np.arange(len(counts)), counts)
         image = np.concatenate([np.arange(c) for c in counts])
         return cls(patient[: options.images], image[: options.images])
@@ -141,7 +142,7 @@ class Scanner:
         image *= 1 - at(self.vignette) * (x * x + y * y) / 2
         kernels = np.stack([blur_matrix(size, b * size / 64) for b in self.blur])[site]
         image = kernels @ image @ kernels.transpose(0, 2, 1)
-        return np.clip(image + at(self.noise) * noise, 0, 1)
+        return np.asarray(np.clip(image + at(self.noise) * noise, 0, 1))
 
 
 def generator(seed: int, stream: Stream, *keys: int) -> np.random.Generator:
@@ -172,52 +173,7 @@ def draw(streams: Iterable[np.random.Generator], normals: Table, uniforms: Table
 def poisson(u: npt.NDArray[np.float32], rate: npt.ArrayLike, most: int) -> Ints:
     """Poisson counts from uniform numbers of the same shape, at most `most`."""
     cdf = pdtr(np.arange(most), np.asarray(rate)[..., None])
-    return (u[..., None] > cdf).sum(-1).astype(np.int64)
-
-
-def grid(size: int) -> tuple[Field3, Field3]:
-    """x (1, 1, S) and y (1, S, 1) at the pixel centres."""
-    centres = ((np.arange(size) + 0.5) * 2 / size - 1).astype(np.float32)
-    return centres[None, None, :], centres[None, :, None]
-
-
-def pose(size: int, shift_x: Field3, shift_y: Field3, turn: Field3, scale: npt.ArrayLike) -> tuple[Field3, Field3]:
-    """x and y (B, S, S) of the scene under each pixel, for scenes moved, turned (radians) and enlarged."""
-    x, y = grid(size)
-    factor = np.asarray(scale, dtype=np.float32).reshape(-1, 1, 1)
-    dx, dy, c, s = x - shift_x, y - shift_y, np.cos(turn), np.sin(turn)
-    return (c * dx + s * dy) / factor, (c * dy - s * dx) / factor
-
-
-def sigmoid(z: Field3) -> Field3:
-    """The logistic function, without overflow."""
-    return np.asarray(0.5 * (1 + np.tanh(0.5 * z)))
-
-
-def elliptic_radius(x: Field3, y: Field3, cx: Any, cy: Any, a: Any, b: Any, tilt: Any = 0.0) -> Field3:
-    """1 on the ellipse with centre (cx, cy), half axes a and b, turned by `tilt` radians."""
-    dx, dy = x - cx, y - cy
-    c, s = np.cos(tilt), np.sin(tilt)
-    return np.sqrt(((c * dx + s * dy) / a) ** 2 + ((c * dy - s * dx) / b) ** 2)
-
-
-def pink(white: Field3, beta: float) -> Field3:
-    """White noise filtered by |f|^-beta: zero mean and unit variance in each image."""
-    size = white.shape[-1]
-    fx, fy = np.fft.rfftfreq(size), np.fft.fftfreq(size)[:, None]
-    f = np.hypot(fx, fy)
-    f[0, 0] = np.inf
-    field = np.fft.irfft2(np.fft.rfft2(white) * f**-beta, s=(size, size))
-    return (field / field.std(axis=(-2, -1), keepdims=True)).astype(np.float32)
-
-
-def blur_matrix(size: int, sigma: float) -> npt.NDArray[np.float32]:
-    """(S, S) whose product with a column blurs it; rows add up to 1, also at the border."""
-    if sigma < 0.05:
-        return np.eye(size, dtype=np.float32)
-    d = np.arange(size)
-    kernel = np.exp(-0.5 * ((d[:, None] - d) / sigma) ** 2)
-    return (kernel / kernel.sum(1, keepdims=True)).astype(np.float32)
+    return np.asarray((u[..., None] > cdf).sum(-1), dtype=np.int64)
 
 
 def textures(seed: int, layout: Layout, rows: slice, size: int, count: int) -> npt.NDArray[np.float32]:
@@ -251,14 +207,16 @@ def build(
         recipe: the module that draws; the cache forgets its images when the source changes.
     """
     n = options.images
-    sources = [inspect.getsource(sys.modules[m]) for m in (__name__, recipe)]
+    sources = [inspect.getsource(sys.modules[m]) for m in (__name__, grid.__module__, recipe)]
     key = fingerprint(name, options, size, np.__version__, *sources)
 
     def make() -> dict[str, Pixels]:
         step = max(1, BLOCK_PIXELS // size**2)
-        blocks = [render(slice(i, min(i + step, n))) for i in range(0, n, step)]
-        pixels = np.rint(np.concatenate(blocks) * 255).astype(np.uint8)
-        return {"images": pixels.reshape(n, size, size, channels)}
+        pixels = np.empty((n, size, size, channels), dtype=np.uint8)
+        for start in range(0, n, step):
+            rows = slice(start, min(start + step, n))
+            pixels[rows] = np.rint(render(rows) * 255).reshape(pixels[rows].shape)
+        return {"images": pixels}
 
     images = ArrayImages(cached(f"{name}-{key}", make)["images"])
     patient = np.char.add("p", np.char.zfill(layout.patient.astype(str), 6))
@@ -291,7 +249,6 @@ def build(
         licence="Apache-2.0 (generated by fedsec)",
         redistributable=True,
         commercial=True,
-        homepage="https://github.com/fedsec/fedsec",
     )
 
 

@@ -16,9 +16,9 @@ from pydantic import Field
 from scipy.special import betaincinv
 
 from fedsec.data.base import Dataset
+from fedsec.data.drawing import Field3, elliptic_radius, grid, pink, pose, sigmoid, soft_line
 from fedsec.data.synthetic import (
     Draws,
-    Field3,
     Layout,
     Options,
     Scanner,
@@ -26,13 +26,8 @@ from fedsec.data.synthetic import (
     build,
     checked_side,
     draw,
-    elliptic_radius,
     generator,
-    grid,
-    pink,
     poisson,
-    pose,
-    sigmoid,
     textures,
 )
 from fedsec.plugins import construct
@@ -200,15 +195,17 @@ class _Chest:
     def skeleton(self, a: Draws, pixel: float) -> Field3:
         """Body, air, spine, mediastinum, trachea, ribs and clavicles."""
         x, y, side = self.x, self.y, np.abs(self.x)
-        light = 0.52 * self.body - self.air + 0.16 * np.exp(-((x / 0.11) ** 2)) * self.body
+        light: Field3 = 0.52 * self.body - self.air + 0.16 * np.exp(-((x / 0.11) ** 2)) * self.body
         light -= 0.06 * np.exp(-((x / 0.045) ** 2)) * sigmoid((-0.35 - y) / 0.04)
         chest_wall = self.body * sigmoid((side - 0.08) / 0.02) * sigmoid((0.85 - side) / 0.02)
         bow = a["rib_bow"] * (side - 0.1) ** 2 - 0.10 * side
         for i in range(9):
             centre = a["rib_first"] + i * a["rib_step"] + bow
-            light += a["rib_light"] * chest_wall * _line(y - centre, a["rib_width"], pixel)
+            light += a["rib_light"] * chest_wall * soft_line(y - centre, a["rib_width"], pixel)
         clavicle = -0.72 - 0.18 * (side - 0.35)
-        return light + 0.10 * chest_wall * sigmoid((0.72 - side) / 0.03) * _line(y - clavicle, 0.03, pixel)
+        return np.asarray(
+            light + 0.10 * chest_wall * sigmoid((0.72 - side) / 0.03) * soft_line(y - clavicle, 0.03, pixel)
+        )
 
     def heart(self, a: Draws, large: Bools) -> Field3:
         """The heart, enlarged towards the image's right where asked."""
@@ -236,19 +233,13 @@ class _Chest:
         lowest = _floor(cx, np.where(side < 0, np.float32(1), np.float32(0.7)), a) - 0.05
         cy = np.where(cy > lowest, 2 * lowest - cy, cy)
         r = elliptic_radius(self.x, self.y, np.sign(side) * cx, cy, radius * aspect, radius / aspect)
-        return np.exp(-(r**2)) * np.clip(self.lung + 0.15, 0, 1)
+        return np.asarray(np.exp(-(r**2)) * np.clip(self.lung + 0.15, 0, 1))
 
 
 def _floor(distance: Field3, flatness: Field3, a: Draws) -> Field3:
     """Height of the diaphragm's dome at a distance from the midline."""
     h = a["dome_height"]
     return np.asarray(a["dome"] + h / 2 - flatness * h * (1 - ((distance - a["lung_x"]) / 0.35) ** 2))
-
-
-def _line(distance: Field3, width: Any, pixel: float) -> Field3:
-    """A soft line of peak 1; widened and dimmed to what a pixel of that size can show, so that it does not alias."""
-    seen = np.sqrt(np.square(width) + (pixel / 2) ** 2)
-    return np.asarray(width / seen * np.exp(-((distance / seen) ** 2)))
 
 
 def _opacities(chest: _Chest, a: Draws, scene: Draws, white: Field3, severity: float) -> Field3:
@@ -259,7 +250,9 @@ def _opacities(chest: _Chest, a: Draws, scene: Draws, white: Field3, severity: f
     for j in range(MAX_SPOTS):
         side, reach, angle, radius, aspect = (scene[k][:, j, None, None] for k in (*SPOT, "aspect"))
         total += chest.spot(a, side, reach, angle, radius, np.exp(aspect)) * (count > j)
-    return (0.04 * severity + 0.16 * s) * total * (1 + 0.35 * pink(white, 0.8)) + 0.03 * s * chest.lung
+    patchy: Field3 = (0.04 * severity + 0.16 * s) * total * (1 + 0.35 * pink(white, 0.8))
+    patchy += 0.03 * s * chest.lung
+    return patchy
 
 
 def _marker(size: int, site: npt.NDArray[np.int64]) -> Field3:

@@ -16,9 +16,9 @@ import numpy.typing as npt
 from scipy.special import bdtr
 
 from fedsec.data.base import Dataset
+from fedsec.data.drawing import Field3, pink, pose, sigmoid
 from fedsec.data.synthetic import (
     Draws,
-    Field3,
     Ints,
     Layout,
     Options,
@@ -28,10 +28,7 @@ from fedsec.data.synthetic import (
     checked_side,
     draw,
     generator,
-    pink,
     poisson,
-    pose,
-    sigmoid,
     site_draws,
     textures,
 )
@@ -112,7 +109,7 @@ class _Site:
             tone=0.3 + options.shift * (0.05 + 0.60 * u[:, 0] - 0.3),
             hair=np.maximum(1 + options.shift * (3 * u[:, 1] - 1), 0),
             gains=1 + options.shift * (-0.14 + 0.28 * u[:, 2:5]),
-            circle=min(options.shift, 1.0) * 0.85 * (np.arange(options.sites) % 2.0),
+            circle=np.where(np.arange(options.sites) % 2 == 1, 0.85 * min(options.shift, 1.0), 0.0),
         )
 
 
@@ -157,9 +154,7 @@ def _features(u: Draws, malignant: npt.NDArray[np.bool_], severity: float) -> Dr
     for name, (benign, bad) in LESION_RANGES.items():
         low, high = (np.float32(b) + strength * np.float32(m - b) for b, m in zip(benign, bad, strict=True))
         found[name] = low + (high - low) * u[name]
-    counts = np.where(
-        malignant, _binomial(u["patches"][:, 0, 0], 4, 0.5), _binomial(u["patches"][:, 0, 0], 2, 0.35)
-    )
+    counts = np.where(malignant, _binomial(u["patches"][:, 0, 0], 4, 0.5), _binomial(u["patches"][:, 0, 0], 2, 0.35))
     cdf = np.cumsum(PATCH_SHARES, axis=1)[malignant.astype(int)]
     colour = (u["patch_colour"][:, :, None] > cdf[:, None, :-1]).sum(-1)
     return {**found, "patches": counts, "patch_colour": colour}

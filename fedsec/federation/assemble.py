@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +155,7 @@ def assemble(cell: Cell, data_dir: Path | None = None) -> Federation:
     """
     defenses, attack, strategy = build_stack(cell)
     device = resolve_device(cell.federation.device)
-    dataset = data.load(cell.data.name, data_dir=data_dir, size=cell.data.size)
+    dataset = _load(cell.data.name, data_dir, cell.data.size)
     train_rows = np.flatnonzero(dataset.split == "train")
     rng = np.random.default_rng(RoundContext(cell.seed, 0, 0).entropy("max-train"))
     if cell.data.max_train is not None and cell.data.max_train < len(train_rows):
@@ -228,11 +229,17 @@ def assemble(cell: Cell, data_dir: Path | None = None) -> Federation:
     )
 
 
+@lru_cache(maxsize=2)
+def _load(name: str, data_dir: Path | None, size: int | None) -> Dataset:
+    """Cells of one run read their data set once; data sets are never changed."""
+    return data.load(name, data_dir=data_dir, size=size)
+
+
 def deal_law(cell: Cell, dataset: Dataset) -> DataConfig:
     """The partition that was asked for; `auto` keeps the data's own sites where it knows some."""
     if cell.data.partition != "auto":
         return cell.data
-    sites = np.unique(dataset.meta.get("site", np.array([""]))[dataset.split == "train"])
+    sites = np.unique(dataset.meta["site"][dataset.split == "train"]) if "site" in dataset.meta else np.array([""])
     natural = cell.federation.clients is None and len(sites) > 1 and "" not in sites
     return replace(cell.data, partition="site" if natural else "iid")
 
