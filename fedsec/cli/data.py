@@ -16,24 +16,28 @@ def command() -> None:
 @click.argument("name")
 @click.option("--size", type=int, default=28, show_default=True, help="Side in pixels: 28, 64, 128 or 224.")
 @click.option("--folder", type=click.Path(path_type=Path), help="Where to put it (default: the user's cache).")
+@click.option("--mirror", metavar="URL", help="Another address that holds the published files.")
 @click.option("--debug", is_flag=True, help="Show the traceback of a failure.")
-def get(name: str, size: int, folder: Path | None, debug: bool) -> None:
+def get(name: str, size: int, folder: Path | None, mirror: str | None, debug: bool) -> None:
     """Download a MedMNIST set from its official address.
 
     A broken download resumes; the file appears under its name only when its MD5 is the published one.
     """
     from fedsec.cli.console import ConsoleProgress
     from fedsec.data import download
+    from fedsec.data.cache import cache_dir
 
-    def show(done: int, total: int) -> None:
+    def show(done: int, total: int | None) -> None:
         if not started:
-            progress.stage(f"downloading {name}", total)
+            progress.stage(f"downloading {name} (bytes)", total or 0)
             started.append(True)
         progress.advance(done)
 
     started: list[bool] = []
     with ConsoleProgress() as progress:
-        path = download.get(name, size, folder=folder, progress=show)
+        path = download.get(
+            name, size, folder=folder or cache_dir(), base_url=mirror or download.BASE_URL, progress=show
+        )
     click.echo(str(path))
     click.echo(f"next: fedsec run --attack gradinversion --defense dp --data {name}", err=True)
 
