@@ -80,7 +80,7 @@ def run_cell(
             views=tuple(views),
             public=public,
             image_shape=federation.dataset.image_shape,
-            ctx=RoundContext(cell.seed, cell.federation.rounds, cell.federation.rounds),
+            ctx=RoundContext(cell.seed, cell.federation.rounds, cell.federation.rounds).adversary(),
             device=federation.device,
             workers=usable_cores() if federation.device.type == "cpu" else 1,
             progress=lambda done, total: progress.advance(done),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -75,7 +75,11 @@ class RoundContext:
 
     def for_client(self, client: int) -> RoundContext:
         """The same round seen from one client's seat."""
-        return RoundContext(self.seed, self.round, self.rounds, client)
+        return replace(self, client=client)
+
+    def adversary(self) -> RoundContext:
+        """The context that attacks get: its streams are fixed by the seed too, but tell nothing about other draws."""
+        return replace(self, seed=self.entropy("adversary"))
 
     def entropy(self, purpose: str) -> int:
         """A 63-bit seed for one purpose."""

@@ -202,6 +202,12 @@ def assemble(cell: Cell, data_dir: Path | None = None) -> Federation:
         client_patients=None if patients is None else tuple(len(np.unique(patients[r])) for r in dealt.clients),
     )
     defenses = tuple(d.calibrate(plan) for d in defenses)
+    claiming = [d.name for d in defenses if d.privacy() is not None]
+    if len(claiming) > 1:
+        raise ConfigError(
+            f"{' and '.join(claiming)} each add noise for an epsilon of their own, and the two do not combine: "
+            "choose one, or leave clip out of the other, which is then a heuristic"
+        )
     seats = Seats(
         model=model,
         recipe=recipe,

@@ -132,7 +132,7 @@ def client_turn(seats: Seats, turn: Turn, x: Tensor, y: Tensor, batches: Iterabl
     start = time.perf_counter()
     malicious = turn.client in seats.malicious
     if malicious and seats.attack is not None:
-        x, y = seats.attack.on_data(x, y, turn.ctx)
+        x, y = seats.attack.on_data(x, y, turn.ctx.adversary())
     update, loss, steps = client_update(seats, turn, x, y, batches)
     content = update if malicious else seats.aggregator.encode(update, turn.ctx)
     local = None
@@ -179,7 +179,7 @@ def run_round(
     failed |= rejected
     if seats.attack is not None and seats.attack.seat in ("server", "malicious-server"):
         steps = max((r.steps for r in replies), default=0)
-        seats.attack.on_view(server_view(seats, state, payloads, result, steps, ctx), ctx)
+        seats.attack.on_view(server_view(seats, state, payloads, result, steps, ctx), ctx.adversary())
     if result is not None and result.delta is not None:
         delta = result.delta
         for defense in reversed(seats.defenses):
@@ -205,7 +205,7 @@ def run_round(
 def broadcast(seats: Seats, params: Tensor, client: int, ctx: RoundContext) -> Tensor:
     """What this client is sent: the model, or what a malicious server makes of it."""
     if seats.attack is not None and seats.attack.seat == "malicious-server":
-        return seats.attack.on_broadcast(params.clone(), client, ctx)
+        return seats.attack.on_broadcast(params.clone(), client, ctx.adversary())
     return params
 
 
@@ -217,7 +217,8 @@ def collect(seats: Seats, replies: Sequence[Reply], ctx: RoundContext) -> list[P
     for update in updates:
         assert seats.attack is not None
         own = ctx.for_client(update.client)
-        payloads.append(seats.aggregator.encode(seats.attack.on_upload(update, (*peers, *updates), own), own))
+        forged = seats.attack.on_upload(update, (*peers, *updates), own.adversary())
+        payloads.append(seats.aggregator.encode(forged, own))
     return sorted_by_client(payloads)
 
 

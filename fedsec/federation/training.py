@@ -145,11 +145,10 @@ def plain_bytes(federation: Federation) -> int:
 
 
 def privacy_spent(federation: Federation) -> dict[str, Any]:
-    """What the stack's claims amount to over the whole run; empty where it makes none."""
-    claims = [c for d in federation.seats.defenses if (c := d.privacy()) is not None]
-    if not claims:
+    """What the stack's one claim amounts to over the whole run; empty where it makes none."""
+    claim = next((c for d in federation.seats.defenses if (c := d.privacy()) is not None), None)
+    if claim is None:
         return {}
-    claim = claims[0]
     result = asdict(claim)
     result["per_client"] = {federation.partition.names[k]: e for k, e in claim.per_client.items()}
     return result

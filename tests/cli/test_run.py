@@ -116,7 +116,7 @@ def test_processes_give_the_serial_result(folder: Path) -> None:
 
 
 def test_interrupted(folder: Path) -> None:
-    words = [sys.executable, "-m", "fedsec", "run", *SMALL, "--rounds", "500", "--out", "r"]
+    words = [sys.executable, "-m", "fedsec", "run", *SMALL, "--rounds", "100000", "--out", "r"]
     process = subprocess.Popen(words, cwd=folder, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     time.sleep(12)
     process.send_signal(signal.SIGINT)
