@@ -77,17 +77,20 @@ def run_cells(
         RunError: a cell failed; those before it are kept.
     """
     from fedsec.experiment import run_cell, shared_rounds, training_key_of
-    from fedsec.federation.assemble import assemble
+    from fedsec.federation.assemble import assemble, dataset_of
 
     stages: dict[str, Stage] = {}
     wanted = shared_rounds(cells)
-    left = {training_key_of(c): c for c in cells if folder.finished(c.key()) is None}
-    for cell in left.values():
+    kept = {c.key(): done for c in cells if (done := folder.finished(c.key())) is not None}
+    for cell in cells:
+        if cell.key() in kept and kept[cell.key()]["data_fingerprint"] != dataset_of(cell, data_dir).fingerprint:
+            progress.message(f"{cell.data.name} has changed since cell {cell.key()} was finished: computing it again")
+            del kept[cell.key()]
+    for cell in {training_key_of(c): c for c in cells if c.key() not in kept}.values():
         assemble(cell, data_dir)  # what cannot work is refused before the first round of the first cell
     results = []
     for number, cell in enumerate(cells, 1):
-        done = folder.finished(cell.key())
-        if done is not None:
+        if (done := kept.get(cell.key())) is not None:
             progress.message(f"cell {number}/{len(cells)} ({cell.label()}, seed {cell.seed}): finished before, kept")
             results.append(done)
             continue
@@ -103,7 +106,7 @@ def run_cells(
                 raise
             place = traceback.extract_tb(error.__traceback__)[-1]
             where = f"{Path(place.filename).name}:{place.lineno}"
-            text = str(error).splitlines()[0] if str(error) else ""
+            text = next(iter(str(error).strip().splitlines()), "")
             raise RunError(
                 f"cell {cell.label()}, seed {cell.seed} failed: {type(error).__name__}: {text} ({where}); "
                 "--debug shows the traceback"

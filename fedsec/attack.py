@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
+from fedsec.types import Seat
+
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fedsec.types import Findings, RoundContext, Seat, ServerView, Target, Update, VictimPlan
+    from fedsec.types import Findings, RoundContext, ServerView, Target, Update, VictimPlan
 
 
 class Attack:

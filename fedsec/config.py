@@ -35,6 +35,13 @@ class DataConfig:
     alpha: Annotated[float, Field(gt=0, description="concentration of the dirichlet and quantity partitions")] = 0.5
     unit: Annotated[Literal["patient", "image"], Field(description="what is never split between clients")] = "patient"
     min_images: Annotated[int, Field(ge=1, description="smallest client")] = 10
+    small: Annotated[
+        Literal["error", "merge", "drop"], Field(description="what becomes of sites with fewer than min_images images")
+    ] = "error"
+    splits: Annotated[
+        Literal["official", "derived", "safe"],
+        Field(description="published parts; new ones by patient; or those without copies of an image in two parts"),
+    ] = "official"
     max_train: Annotated[int | None, Field(ge=1, description="use only so many training images")] = None
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +24,7 @@ from fedsec.machine import prepare_for_small_networks, usable_cores
 from fedsec.metrics.image import pixel_hash
 from fedsec.metrics.reconstruction import summarise_reconstructions
 from fedsec.progress import Progress
-from fedsec.types import Findings, PublicData, RoundContext, Target, to_json
+from fedsec.types import Findings, PublicData, Reconstruction, RoundContext, Target, to_json
 
 GALLERY = 500
 """Largest number of same-class candidates that re-identification has to tell apart."""
@@ -77,6 +79,7 @@ def run_cell(
         public = public_data(federation, victims)
         target = Target(
             model=federation.build_model,
+            released=lambda: federation.build_model(training.snapshots[cell.federation.rounds + 1]),
             views=tuple(views),
             public=public,
             image_shape=federation.dataset.image_shape,
@@ -97,6 +100,7 @@ def run_cell(
         "attack": cell.attack.to_table() if cell.attack else None,
         "defense": [spec.to_table() for spec in cell.defense],
         "dataset": federation.dataset.name,
+        "data_fingerprint": federation.dataset.fingerprint,
         "model": cell.model.name,
         "strategy": cell.federation.strategy,
         "engine": cell.federation.engine,
@@ -126,7 +130,7 @@ def _stage(
     if key in stages and rounds <= stages[key].training.snapshots.keys():
         return stages[key]
     federation = assemble(cell, data_dir)
-    training = Training.open(artifacts / key, rounds)
+    training = Training.open(artifacts / key, rounds, federation.dataset.fingerprint)
     if training is None:
         training = train(federation, rounds, progress)
         training.save(artifacts / key, federation)
@@ -177,8 +181,22 @@ def leakage_of(findings: Findings, victims: list[Victim], federation: Federation
             gallery_labels=gallery[1],
             generator=RoundContext(federation.cell.seed, number, 0).numpy("leakage-bootstrap"),
         )
+        by_round[number] |= how_recovered([findings.reconstructions[i] for i in chosen])
     worst = max(by_round, key=lambda r: by_round[r]["psnr"].value)
     return {**by_round[worst], "round": worst, "by_round": by_round}
+
+
+def how_recovered(items: Sequence[Reconstruction]) -> dict[str, Any]:
+    """What the attack itself says of its reconstructions, without any truth."""
+    own = [item.est_psnr for item in items if item.est_psnr is not None]
+    return {
+        "certified": sum(item.certified for item in items),
+        "methods": dict(Counter(item.method for item in items)),
+        "not_applicable": {method: why for item in items for method, why in item.not_applicable.items()},
+        "attack_notes": sorted({note for item in items for note in item.notes}),
+        "attack_cpu_seconds": round(sum(item.seconds for item in items), 3),
+        **({"est_psnr": statistics.median(own)} if own else {}),
+    }
 
 
 def gallery_of(federation: Federation, victims: list[Victim], public: PublicData) -> tuple[Tensor, Tensor]:
@@ -207,8 +225,8 @@ def keep_reconstructions(folder: Path, findings: Findings, victims: list[Victim]
         return
     tensors: dict[str, Tensor] = {"public_mean": public.images.mean(0)}
     for i, (item, victim) in enumerate(zip(findings.reconstructions, victims, strict=True)):
-        tensors[f"{i:03d}/round-{victim.round}/original"] = victim.images.contiguous()
-        tensors[f"{i:03d}/round-{victim.round}/recovered"] = item.images.contiguous()
+        tensors[f"{i:03d}/round-{victim.round}/original"] = victim.images.clone()
+        tensors[f"{i:03d}/round-{victim.round}/recovered"] = item.images.clone()
     checkpoint.save(folder / "reconstructions.safetensors", tensors, {})
 
 

@@ -61,7 +61,7 @@ class PluginSpec:
         return {"name": self.name, **self.params}
 
     def __str__(self) -> str:
-        words = ",".join(f"{k}={v}" for k, v in self.params.items())
+        words = ",".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in self.params.items())
         return f"{self.name}:{words}" if words else self.name
 
 
@@ -163,6 +163,12 @@ def construct(cls: type[T], params: Mapping[str, Any], label: str) -> T:
         return cls(**values)
     except ValueError as error:
         raise ConfigError(f"{label}: {error}") from None
+
+
+def checked(kind: str, spec: PluginSpec) -> PluginSpec:
+    """The same specification with converted parameters: a text and the number it stands for are then one."""
+    plugin = build(kind, spec)
+    return PluginSpec(spec.name, {key: getattr(plugin, key) for key in spec.params})
 
 
 def build(kind: str, spec: PluginSpec) -> Any:

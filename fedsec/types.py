@@ -178,7 +178,8 @@ class ServerView:
     local_steps: int
     """Optimisation steps behind each update."""
     knowledge: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Defense name -> its `public_knowledge` (Kerckhoffs: the adversary knows the defense, not its secrets)."""
+    """Defense name -> its `public_knowledge` of the first update's client (Kerckhoffs: the adversary knows the defense,
+    not its secrets). A victim's view holds one update."""
     oracle_labels: Tensor | None = None
     """True labels, only where the user asked for a told-in-advance attack; stamped into every result."""
 
@@ -219,6 +220,8 @@ class Target:
 
     model: Callable[[], nn.Module]
     """Builds the (public) architecture, normalisation included, with the defenses' changes to it."""
+    released: Callable[[], nn.Module]
+    """Builds the same with the weights of the trained model, which everyone gets."""
     views: tuple[ServerView, ...]
     public: PublicData
     image_shape: tuple[int, int, int]

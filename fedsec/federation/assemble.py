@@ -6,7 +6,7 @@ import copy
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from fedsec.federation.engines.base import ClientData, Engine
 from fedsec.federation.engines.processes import Processes
 from fedsec.federation.engines.serial import Serial
 from fedsec.federation.participation import Participation
-from fedsec.federation.round import Seats, ServerState
+from fedsec.federation.round import Seats, ServerState, load
 from fedsec.federation.strategy import Strategy
 from fedsec.machine import usable_cores
 from fedsec.types import FederationPlan, LocalRecipe, RoundContext
@@ -67,13 +67,16 @@ class Federation:
             return Processes(self.seats, self.clients, timeout=settings.client_timeout)
         return Serial(self.seats, self.clients)
 
-    def build_model(self) -> nn.Module:
-        """A fresh copy of the architecture, as every adversary knows it."""
-        return copy.deepcopy(self.seats.model)
+    def build_model(self, weights: tuple[Tensor, Tensor] | None = None) -> nn.Module:
+        """A copy of the architecture, as every adversary knows it, and with these shared tensors where given."""
+        model = copy.deepcopy(self.seats.model)
+        if weights is not None:
+            load(model, self.seats.sharing, *weights, None)
+        return model
 
 
 def resolve(cell: Cell) -> Cell:
-    """Replace `auto` by what this machine offers, so that the written configuration says what ran.
+    """Replace `auto` by what this machine offers, and texts by the values they mean: this is what is written and hashed.
 
     Raises:
         ConfigError: CUDA was asked for where there is none.
@@ -87,7 +90,12 @@ def resolve(cell: Cell) -> Cell:
     settings: dict[str, Any] = {**vars(cell.federation), "device": str(device), "engine": engine}
     if cell.federation.local_epochs is None and cell.federation.local_steps is None:
         settings["local_epochs"] = 1
-    return Cell(cell.data, cell.model, FederationConfig(**settings), cell.attack, cell.defense, cell.seed)
+    return replace(
+        cell,
+        federation=FederationConfig(**settings),
+        attack=plugins.checked("attacks", cell.attack) if cell.attack else None,
+        defense=tuple(plugins.checked("defenses", spec) for spec in cell.defense),
+    )
 
 
 def resolve_device(name: str) -> torch.device:
@@ -155,7 +163,7 @@ def assemble(cell: Cell, data_dir: Path | None = None) -> Federation:
     """
     defenses, attack, strategy = build_stack(cell)
     device = resolve_device(cell.federation.device)
-    dataset = _load(cell.data.name, data_dir, cell.data.size)
+    dataset = dataset_of(cell, data_dir)
     train_rows = np.flatnonzero(dataset.split == "train")
     rng = np.random.default_rng(RoundContext(cell.seed, 0, 0).entropy("max-train"))
     if cell.data.max_train is not None and cell.data.max_train < len(train_rows):
@@ -235,10 +243,17 @@ def assemble(cell: Cell, data_dir: Path | None = None) -> Federation:
     )
 
 
+def dataset_of(cell: Cell, data_dir: Path | None = None) -> Dataset:
+    """The cell's data set."""
+    return _load(cell.data.name, data_dir, cell.data.size, cell.data.splits)
+
+
 @lru_cache(maxsize=2)
-def _load(name: str, data_dir: Path | None, size: int | None) -> Dataset:
+def _load(
+    name: str, data_dir: Path | None, size: int | None, splits: Literal["official", "derived", "safe"]
+) -> Dataset:
     """Cells of one run read their data set once; data sets are never changed."""
-    return data.load(name, data_dir=data_dir, size=size)
+    return data.load(name, data_dir=data_dir, size=size, splits=splits)
 
 
 def deal_law(cell: Cell, dataset: Dataset) -> DataConfig:

@@ -148,8 +148,8 @@ class Partial(Strategy):
     name: ClassVar[str] = "partial"
     goal: ClassVar[str] = "FedAvg on part of the model: chosen tensors stay at their client"
     local: Annotated[
-        str, Field(min_length=1, description="what stays, such as key:*head* or type:BatchNorm2d; join with |")
-    ] = "key:*head*"
+        str, Field(min_length=1, description="what stays, such as key:net.fc.* or type:BatchNorm2d; join with |")
+    ] = "type:Linear"
 
     def local_selectors(self) -> tuple[str, ...]:
         """The selectors of the `local` parameter."""

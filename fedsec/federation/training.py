@@ -37,6 +37,8 @@ class Training:
     privacy: dict[str, Any]
     cost: dict[str, Any]
     notes: tuple[str, ...]
+    fingerprint: str
+    """Of the data set."""
 
     def save(self, folder: Path, federation: Federation) -> None:
         """Write the training to a folder that appears whole or not at all."""
@@ -62,14 +64,14 @@ class Training:
             shutil.rmtree(temporary, ignore_errors=True)
 
     @classmethod
-    def open(cls, folder: Path, rounds: Iterable[int]) -> Training | None:
-        """Read a saved training; None where it is absent or did not keep all of `rounds`."""
+    def open(cls, folder: Path, rounds: Iterable[int], fingerprint: str) -> Training | None:
+        """Read a saved training; None where it is absent, saw other data, or did not keep all of `rounds`."""
         try:
             content = json.loads((folder / "training.json").read_text(encoding="utf-8"))
         except (FileNotFoundError, json.JSONDecodeError):
             return None
         kept = content.pop("rounds_kept")
-        if not set(rounds) <= set(kept):
+        if not set(rounds) <= set(kept) or content["fingerprint"] != fingerprint:
             return None
         tensors, _ = checkpoint.load(folder / "snapshots.safetensors")
         snapshots = {r: (tensors[f"round-{r}/params"], tensors[f"round-{r}/buffers"]) for r in kept}
@@ -136,6 +138,7 @@ def train(federation: Federation, keep: Iterable[int], progress: Progress | None
             "expansion": round(history[-1]["upload_bytes"] / max(1, plain_bytes(federation)), 4),
         },
         notes=federation.notes,
+        fingerprint=federation.dataset.fingerprint,
     )
 
 
