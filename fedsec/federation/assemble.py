@@ -29,6 +29,8 @@ from fedsec.federation.strategy import Strategy
 from fedsec.machine import usable_cores
 from fedsec.types import FederationPlan, LocalRecipe, RoundContext
 
+Splits = Literal["official", "derived", "safe"]
+
 
 @dataclass
 class Federation:
@@ -76,7 +78,7 @@ class Federation:
 
 
 def resolve(cell: Cell) -> Cell:
-    """Replace `auto` by what this machine offers, and texts by the values they mean: this is what is written and hashed.
+    """Replace `auto` by what this machine offers, and texts by the values they mean: this is written and hashed.
 
     Raises:
         ConfigError: CUDA was asked for where there is none.
@@ -249,9 +251,7 @@ def dataset_of(cell: Cell, data_dir: Path | None = None) -> Dataset:
 
 
 @lru_cache(maxsize=2)
-def _load(
-    name: str, data_dir: Path | None, size: int | None, splits: Literal["official", "derived", "safe"]
-) -> Dataset:
+def _load(name: str, data_dir: Path | None, size: int | None, splits: Splits) -> Dataset:
     """Cells of one run read their data set once; data sets are never changed."""
     return data.load(name, data_dir=data_dir, size=size, splits=splits)
 

@@ -1,0 +1,94 @@
+"""Deep leakage from gradients: match the gradient in L2 with L-BFGS (Zhu, Liu and Han 2019, 1906.08935).
+
+Works on smooth activations; second derivatives of piecewise-linear nets with BatchNorm vanish almost everywhere.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import lbfgs
+from .candidate import Candidate, Clock, NotApplicable
+from .objectives import best_scale, squared_error
+from .observation import Observation
+from .starts import noise_start
+
+MAX_UNKNOWNS = 20_000
+SOLVED = 1e-6
+"""Share of ‖g‖² below which no further seed is tried."""
+FURTHEST = 3.0
+"""Pixels farther than this many box widths outside the box count as divergence."""
+
+
+def dlg(
+    observation: Observation,
+    labels: Tensor | None,
+    clock: Clock,
+    generator: torch.Generator,
+    *,
+    start: Tensor | None = None,
+    seeds: int = 2,
+) -> list[Candidate]:
+    """Reconstruct by L2 matching.
+
+    Args:
+        observation: g and φ.
+        labels: (B,) or (B, L); None: label logits are optimised along with the images, and the labels reported are
+            the arg max of the *final* logits.
+        clock: CPU budget, divided among the seeds that are needed.
+        generator: draws the starts.
+        start: (B, C, H, W) for the first seed instead of noise.
+        seeds: starts to try at most; the next one is used only where the one before ended above the target.
+    """
+    simulation, prior = observation.simulation, observation.prior
+    batch, shape = observation.batch, observation.image_shape
+    if batch * prior.mean.numel() > MAX_UNKNOWNS:
+        raise NotApplicable(f"{batch} images of {prior.mean.numel()} pixels are above {MAX_UNKNOWNS:,} unknowns")
+    if labels is None and simulation.task == "multilabel":
+        raise NotApplicable("joint label optimisation is for one class an image")
+    energy = observation.norm**2
+    classes = simulation.logits(prior.mean[None]).shape[1]
+
+    def unpack(point: Tensor) -> tuple[Tensor, Tensor]:
+        images = prior.level + prior.spread * point[:, : prior.mean.numel()].view(batch, *shape)
+        return images, point[:, prior.mean.numel() :].softmax(1) if labels is None else labels
+
+    def objective(point: Tensor, scale: float) -> Tensor:
+        images, targets = unpack(point)
+        simulated = [scale * part for part in simulation.parts(images, targets)]
+        return squared_error(simulated, observation.gradient_parts, observation.weight_parts)
+
+    found: list[Candidate] = []
+    for seed in range(seeds):
+        images = start if start is not None and seed == 0 else noise_start(observation, generator, 1)[0]
+        point = ((images - prior.level) / prior.spread).flatten(1)
+        if labels is None:
+            extra = torch.randn(batch, classes, generator=generator).to(point)
+            point = torch.cat([point, extra], 1)
+        limit = (FURTHEST + 1) / prior.spread
+        scale, evaluations, restored = 1.0, 0, 0
+        share = clock.share(1 / (seeds - seed))
+        for _ in range(2):
+            ended = lbfgs.minimise(
+                lambda p, k=scale: objective(p, k),  # type: ignore[misc]
+                point,
+                share,
+                outer=60 if batch == 1 else 150,
+                target=1e-14 * energy,
+                limit=limit,
+            )
+            evaluations, restored = evaluations + ended.evaluations, restored + ended.restored
+            point = ended.point
+            kappa = best_scale(simulation.flat(*unpack(point)).detach() * observation.weights, observation.gradient)
+            # A wrong constant factor in front of the loss keeps L2 matching from ever reaching zero: take it out once.
+            if ended.value <= SOLVED * energy or 0.9 <= kappa <= 1.1 or kappa <= 0 or scale != 1.0:
+                break
+            scale = kappa
+        images, targets = unpack(point)
+        chosen = targets.argmax(1) if labels is None else labels
+        notes = (f"divergence guard acted {restored} times",) if restored else ()
+        found.append(Candidate(images.detach().clamp(0, 1), chosen, "dlg", iterations=evaluations, notes=notes))
+        if ended.value <= SOLVED * energy or clock.left <= 0:
+            break
+    return found
