@@ -29,9 +29,9 @@ class DataConfig:
     name: Annotated[str, Field(description="data set name, or path of an npz file or folder")] = "synthetic-cxr"
     size: Annotated[int | None, Field(ge=16, description="side in pixels; the set's own where not given")] = None
     partition: Annotated[
-        Literal["auto", "iid", "dirichlet", "quantity", "site", "patient"],
-        Field(description="how training images are dealt; auto: by site where known and no number of clients is asked"),
-    ] = "auto"
+        Literal["iid", "dirichlet", "quantity", "site", "patient"],
+        Field(description="how the training images are dealt to the clients"),
+    ] = "iid"
     alpha: Annotated[float, Field(gt=0, description="concentration of the dirichlet and quantity partitions")] = 0.5
     unit: Annotated[Literal["patient", "image"], Field(description="what is never split between clients")] = "patient"
     min_images: Annotated[int, Field(ge=1, description="smallest client")] = 10
@@ -61,7 +61,9 @@ class ModelConfig:
 class FederationConfig:
     """`[federation]`: how the clients train together."""
 
-    clients: Annotated[int | None, Field(ge=1, description="number of clients; by site: the number of sites")] = None
+    clients: Annotated[
+        int | None, Field(ge=1, description="number of clients; the number of sites where the data know them, else 10")
+    ] = None
     rounds: Annotated[int, Field(ge=1, description="communication rounds")] = 10
     local_epochs: Annotated[int | None, Field(ge=1, description="passes over a client's images per round")] = None
     local_steps: Annotated[int | None, Field(ge=1, description="optimisation steps per round, instead")] = None

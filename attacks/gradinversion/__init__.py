@@ -47,7 +47,7 @@ class GradInversion(Attack):
     split: Annotated[
         Literal["train", "test"], Field(description="victims among the clients' training images or unseen images")
     ] = "train"
-    budget_s: Annotated[float, Field(gt=0, description="CPU seconds for each victim batch")] = 20.0
+    budget_s: Annotated[float, Field(gt=0, description="CPU seconds for each victim batch")] = 6.0
     iterations: Annotated[int, Field(ge=1, description="steps of inverting_gradients at most")] = 2400
     tv: Annotated[float, Field(ge=0, description="total variation weight of inverting_gradients")] = 0.001
     mode: Annotated[

@@ -32,7 +32,7 @@ from .chain import Chain, find_chain
 from .dlg import dlg
 from .features import Features, recover_features, usable
 from .inverting_gradients import Terms, inverting_gradients
-from .labels import Labels, recover_labels
+from .labels import Labels, guess_labels, recover_labels
 from .map_descent import map_descent
 from .map_gauss_newton import invert_features, map_gauss_newton
 from .observation import Observation
@@ -146,7 +146,7 @@ def reconstruct(observation: Observation, settings: Settings, generator: torch.G
     """Attack one observation within the budget and choose what to hand in."""
     began = time.process_time()
     empty = _nothing_to_see(observation)
-    labels = recover_labels(observation)
+    labels = guess_labels(observation) if empty else recover_labels(observation)
     run = Attempt(observation, settings, generator, labels, Clock(settings.budget_s))
     mean = observation.prior.mean.expand(observation.batch, *observation.image_shape).clone()
     run.add([Candidate(mean, guess, "prior") for guess in labels.guesses])

@@ -5,6 +5,8 @@ Works on smooth activations; second derivatives of piecewise-linear nets with Ba
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -39,7 +41,8 @@ def dlg(
         clock: CPU budget, divided among the seeds that are needed.
         generator: draws the starts.
         start: (B, C, H, W) for the first seed instead of noise.
-        seeds: starts to try at most; the next one is used only where the one before ended above the target.
+        seeds: starts to try at most. The next one is used only where the one before did not reach the target, and
+            leaves the scale κ of the gradient free.
     """
     simulation, prior = observation.simulation, observation.prior
     batch, shape = observation.batch, observation.image_shape
@@ -47,48 +50,40 @@ def dlg(
         raise NotApplicable(f"{batch} images of {prior.mean.numel()} pixels are above {MAX_UNKNOWNS:,} unknowns")
     if labels is None and simulation.task == "multilabel":
         raise NotApplicable("joint label optimisation is for one class an image")
+    pixels, classes = prior.mean.numel(), simulation.logits(prior.mean[None]).shape[1]
     energy = observation.norm**2
-    classes = simulation.logits(prior.mean[None]).shape[1]
 
     def unpack(point: Tensor) -> tuple[Tensor, Tensor]:
-        images = prior.level + prior.spread * point[:, : prior.mean.numel()].view(batch, *shape)
-        return images, point[:, prior.mean.numel() :].softmax(1) if labels is None else labels
+        images = prior.level + prior.spread * point[:, :pixels].view(batch, *shape)
+        return images, point[:, pixels:].softmax(1) if labels is None else labels
 
-    def objective(point: Tensor, scale: float) -> Tensor:
-        images, targets = unpack(point)
-        simulated = [scale * part for part in simulation.parts(images, targets)]
+    def objective(point: Tensor, free_scale: bool) -> Tensor:
+        simulated = simulation.parts(*unpack(point))
+        if free_scale:  # at the best κ, F does not change with κ: its derivative may be left out
+            kappa = best_scale(torch.cat([part.detach().reshape(-1) for part in simulated]) * sent, observed)
+            simulated = tuple(kappa * part for part in simulated)
         return squared_error(simulated, observation.gradient_parts, observation.weight_parts)
 
+    sent, observed = observation.weights, observation.gradient * observation.weights
     found: list[Candidate] = []
     for seed in range(seeds):
         images = start if start is not None and seed == 0 else noise_start(observation, generator, 1)[0]
         point = ((images - prior.level) / prior.spread).flatten(1)
         if labels is None:
-            extra = torch.randn(batch, classes, generator=generator).to(point)
-            point = torch.cat([point, extra], 1)
-        limit = (FURTHEST + 1) / prior.spread
-        scale, evaluations, restored = 1.0, 0, 0
-        share = clock.share(1 / (seeds - seed))
-        for _ in range(2):
-            ended = lbfgs.minimise(
-                lambda p, k=scale: objective(p, k),  # type: ignore[misc]
-                point,
-                share,
-                outer=60 if batch == 1 else 150,
-                target=1e-14 * energy,
-                limit=limit,
-            )
-            evaluations, restored = evaluations + ended.evaluations, restored + ended.restored
-            point = ended.point
-            kappa = best_scale(simulation.flat(*unpack(point)).detach() * observation.weights, observation.gradient)
-            # A wrong constant factor in front of the loss keeps L2 matching from ever reaching zero: take it out once.
-            if ended.value <= SOLVED * energy or 0.9 <= kappa <= 1.1 or kappa <= 0 or scale != 1.0:
-                break
-            scale = kappa
-        images, targets = unpack(point)
+            point = torch.cat([point, torch.randn(batch, classes, generator=generator).to(point)], 1)
+        # A wrong constant factor in front of the loss keeps L2 matching from reaching zero: then κ is left free.
+        ended = lbfgs.minimise(
+            partial(objective, free_scale=seed > 0),
+            point,
+            clock.share(1 / (seeds - seed)),
+            outer=60 if batch == 1 else 150,
+            target=1e-14 * energy,
+            limit=(FURTHEST + 1) / prior.spread,
+        )
+        images, targets = unpack(ended.point)
         chosen = targets.argmax(1) if labels is None else labels
-        notes = (f"divergence guard acted {restored} times",) if restored else ()
-        found.append(Candidate(images.detach().clamp(0, 1), chosen, "dlg", iterations=evaluations, notes=notes))
+        notes = (f"divergence guard acted {ended.restored} times",) if ended.restored else ()
+        found.append(Candidate(images.detach().clamp(0, 1), chosen, "dlg", iterations=ended.evaluations, notes=notes))
         if ended.value <= SOLVED * energy or clock.left <= 0:
             break
     return found

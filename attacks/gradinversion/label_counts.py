@@ -109,7 +109,7 @@ def expand(counts: list[int], device: torch.device) -> Tensor:
 def largest_remainder(shares: Tensor, total: int) -> list[int]:
     """Non-negative integers near `shares` that sum to `total`."""
     shares = shares.double().clamp(min=0)
-    if float(shares.sum()) == 0:
+    if float(shares.sum()) < 1e-12:
         shares = torch.ones_like(shares)
     shares = shares * (total / shares.sum())
     counts = shares.floor()

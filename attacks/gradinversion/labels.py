@@ -75,7 +75,7 @@ def recover_labels(observation: Observation) -> Labels:
         return _posterior(observation, head.bias)
     if head.weight is not None and observation.simulation.task != "multilabel":
         return _from_weights(observation, head.weight)
-    return _guess(observation)
+    return guess_labels(observation)
 
 
 def class_rates(observation: Observation, classes: int) -> Tensor:
@@ -184,8 +184,8 @@ def _from_weights(observation: Observation, weight: str) -> Labels:
     return Labels((expand(counts, dw.device),), "guessed", "row sums of the head's weight gradient")
 
 
-def _guess(observation: Observation) -> Labels:
-    """The head is hidden: only the public class rates are left."""
+def guess_labels(observation: Observation) -> Labels:
+    """What is left where the head says nothing: the public class rates."""
     prior, batch, task = observation.prior, observation.batch, observation.simulation.task
     if task == "multilabel":
         common = (prior.labels.nan_to_num().mean(0) > 0.5).float()

@@ -13,29 +13,35 @@ from fedsec.config import Cell
 from fedsec.plugins import PluginSpec
 
 Result = Mapping[str, Any]
+WIDE = 120
+"""Columns from which intervals are printed."""
 MARGIN = 2.0
 """dB above the public mean image from which a reconstruction is called more than the prior."""
 
 
 def print_results(cells: Sequence[Result], folder: Path) -> None:
     """The results of a run, on standard output."""
-    console = Console(highlight=False, soft_wrap=False)
+    console = Console(highlight=False)
+    if not console.is_terminal:  # a pipe or a file has no edge to wrap at
+        console.width = WIDE
     if not cells:
         console.print(f"{folder}: no finished cell")
         return
-    console.print(results_table(cells))
+    console.print(results_table(cells, intervals=console.width >= WIDE))
     for line in (*meaning(cells), *origin(cells)):
         console.print(line, markup=False, soft_wrap=True)
     console.print(f"run folder: {folder}   next: fedsec plot {folder}", markup=False, soft_wrap=True)
 
 
-def results_table(cells: Sequence[Result]) -> Table:
-    """Columns that no cell fills are left out."""
-    rows = [_row(cell) for cell in cells]
+def results_table(cells: Sequence[Result], intervals: bool = True) -> Table:
+    """Columns that no cell fills are left out, and intervals where there is no room for them."""
+    rows = [_row(cell, intervals) for cell in cells]
+    if len({row["attack"] for row in rows}) == 1:
+        rows = [{**row, "attack": ""} for row in rows]  # the title says it
     titles = [t for t in rows[0] if any(row[t] for row in rows)]
     table = Table(title=f"{cells[0]['dataset']}, {cells[0]['model']}, {_attack(cells)}", title_justify="left")
     for title in titles:
-        table.add_column(title, justify="left" if title in ("defense", "attack") else "right")
+        table.add_column(title, justify="left" if title in ("defense", "attack") else "right", no_wrap=True)
     for row in rows:
         table.add_row(*(row[t] for t in titles))
     return table
@@ -46,20 +52,20 @@ def _attack(cells: Sequence[Result]) -> str:
     return names.pop() if len(names) == 1 else f"{len(names)} attacks"
 
 
-def _row(cell: Result) -> dict[str, str]:
+def _row(cell: Result, intervals: bool) -> dict[str, str]:
     utility, leakage, privacy = (cell.get(key, {}) for key in ("utility", "leakage", "privacy"))
     attacks = cell.get("attack")
     return {
         "attack": attacks["name"] if attacks else "",
         "defense": defense_label(cell),
         "seed": str(cell["seed"]),
-        "test AUC": interval(utility.get("auc"), 3),
+        "test AUC": interval(utility.get("auc"), 3, bare=not intervals),
         "worst client": interval(utility.get("worst_client_auc"), 3, bare=True),
-        "PSNR dB": interval(leakage.get("psnr"), 1),
+        "PSNR dB": interval(leakage.get("psnr"), 1, bare=not intervals),
         "prior": interval(leakage.get("prior_psnr"), 1, bare=True),
-        "certified": str(leakage.get("certified", "")),
+        "proven": str(leakage.get("certified", "")),
         "re-id": percent(leakage.get("reid_rank1")),
-        "epsilon": f"{privacy['epsilon']:.2f}" if privacy.get("epsilon") is not None else "",
+        "ε": f"{privacy['epsilon']:.2f}" if privacy.get("epsilon") is not None else "",
         "s": f"{cell['cost']['seconds']:.0f}",
     }
 

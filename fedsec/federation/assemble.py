@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fedsec import checkpoint, data, models, plugins
 from fedsec.attack import Attack
-from fedsec.config import Cell, DataConfig, FederationConfig
+from fedsec.config import Cell, FederationConfig
 from fedsec.data.base import Dataset
 from fedsec.data.partition import Partition, partition
 from fedsec.defense import Aggregator, Defense
@@ -29,6 +29,7 @@ from fedsec.federation.strategy import Strategy
 from fedsec.machine import usable_cores
 from fedsec.types import FederationPlan, LocalRecipe, RoundContext
 
+DEFAULT_EPOCHS = 3
 Splits = Literal["official", "derived", "safe"]
 
 
@@ -91,7 +92,7 @@ def resolve(cell: Cell) -> Cell:
         raise ConfigError(f"engine=processes works on the CPU, not on {device}; use engine=serial there")
     settings: dict[str, Any] = {**vars(cell.federation), "device": str(device), "engine": engine}
     if cell.federation.local_epochs is None and cell.federation.local_steps is None:
-        settings["local_epochs"] = 1
+        settings["local_epochs"] = DEFAULT_EPOCHS
     return replace(
         cell,
         federation=FederationConfig(**settings),
@@ -170,7 +171,7 @@ def assemble(cell: Cell, data_dir: Path | None = None) -> Federation:
     rng = np.random.default_rng(RoundContext(cell.seed, 0, 0).entropy("max-train"))
     if cell.data.max_train is not None and cell.data.max_train < len(train_rows):
         train_rows = np.sort(rng.choice(train_rows, cell.data.max_train, replace=False))
-    dealt = partition(dataset, train_rows, deal_law(cell, dataset), num_clients=cell.federation.clients, seed=cell.seed)
+    dealt = partition(dataset, train_rows, cell.data, default_clients(cell, dataset), cell.seed)
 
     channels, height, width = dataset.image_shape
     if height != width:
@@ -256,13 +257,13 @@ def _load(name: str, data_dir: Path | None, size: int | None, splits: Splits) ->
     return data.load(name, data_dir=data_dir, size=size, splits=splits)
 
 
-def deal_law(cell: Cell, dataset: Dataset) -> DataConfig:
-    """The partition that was asked for; `auto` keeps the data's own sites where it knows some."""
-    if cell.data.partition != "auto":
-        return cell.data
-    sites = np.unique(dataset.meta["site"][dataset.split == "train"]) if "site" in dataset.meta else np.array([""])
-    natural = cell.federation.clients is None and len(sites) > 1 and "" not in sites
-    return replace(cell.data, partition="site" if natural else "iid")
+def default_clients(cell: Cell, dataset: Dataset) -> int | None:
+    """The number that was asked for; else as many as the data know sites; None where the partition decides."""
+    asked = cell.federation.clients
+    if asked is not None or cell.data.partition in ("site", "patient") or "site" not in dataset.meta:
+        return asked
+    sites = np.unique(dataset.meta["site"][dataset.split == "train"])
+    return len(sites) if len(sites) > 1 and "" not in sites else None
 
 
 def _tensors(dataset: Dataset, rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:

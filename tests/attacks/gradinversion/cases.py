@@ -145,6 +145,12 @@ def blobs(count: int, shape: tuple[int, int, int] = (1, 16, 16), seed: int = 0) 
     return PublicData("blobs", x, (x[..., w // 2 :].mean((1, 2, 3)) > x[..., : w // 2].mean((1, 2, 3))).long())
 
 
+def unlikely(model: nn.Module, x: Tensor) -> Tensor:
+    """The class that the model holds for least likely: labels with a large gradient, far above rounding."""
+    with torch.no_grad():
+        return model(x).argmin(1)
+
+
 def recipe(**changes: Any) -> LocalRecipe:
     """One local step of plain SGD at rate 1, evaluation mode."""
     base = LocalRecipe("multiclass", 2, 1.0, 0.0, 0.0, 64, None, 1, "eval")

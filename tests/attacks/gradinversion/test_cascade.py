@@ -31,10 +31,6 @@ def attack(observation: Observation, labels: Tensor | None = None) -> Candidate:
     return assess(cascade(observation, chain, labels)[0], observation)
 
 
-def perturbed(observation: Observation, gradient: Tensor) -> Observation:
-    return replace(observation, gradient=gradient)
-
-
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 28, 28), (1, 32, 24), (1, 16, 16)])
 def test_exact_and_certified_for_any_channels_and_sides(shape: tuple[int, int, int]) -> None:
     public = cases.blobs(40, shape)
@@ -54,24 +50,28 @@ def test_every_invertible_activation(activation: type[nn.Module], blob_prior: Pr
     assert cases.psnr(found.images, data.images) > 100
 
 
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, max_examples=15)
 @given(
     st.sampled_from([nn.Tanh, nn.Sigmoid, nn.Softplus, nn.LeakyReLU]),
     st.lists(st.tuples(st.sampled_from([3, 5]), st.integers(1, 2)), min_size=1, max_size=2),
     st.integers(0, 100),
 )
 def test_random_invertible_chains(activation: type[nn.Module], layers: list[tuple[int, int]], seed: int) -> None:
-    """Kernel 3 or 5, stride 1 or 2, padding that keeps every pixel in use: more constraints than unknowns."""
+    """Exact wherever there are as many constraints as unknowns; elsewhere it says at which layer there are not."""
     torch.manual_seed(seed)
     modules: list[nn.Module] = []
-    channels, side = 1, 16
+    channels, side = 1, 12
     for kernel, stride in layers:
-        modules += [nn.Conv2d(channels, 12, kernel, stride, kernel // 2), activation()]
-        channels, side = 12, -(-side // stride)
-    model = cases.Normalised(nn.Sequential(*modules, nn.Flatten(), nn.Linear(12 * side * side, 3)))
-    data = cases.blobs(1, seed=seed + 1)
-    observation = cases.observation_of(model, data.images, torch.tensor([2]), fit_prior(cases.blobs(20)))
-    assert cases.psnr(attack(observation).images, data.images) > 80
+        modules += [nn.Conv2d(channels, 10, kernel, stride, kernel // 2), activation()]
+        channels, side = 10, -(-side // stride)
+    model = cases.Normalised(nn.Sequential(*modules, nn.Flatten(), nn.Linear(10 * side * side, 3)))
+    data = cases.blobs(1, (1, 12, 12), seed=seed + 1)
+    observation = cases.observation_of(model, data.images, torch.tensor([2]), fit_prior(cases.blobs(20, (1, 12, 12))))
+    found = attack(observation)
+    if any("constraints" in note for note in found.notes):
+        assert found.certified == 0
+    else:
+        assert cases.psnr(found.images, data.images) > 80
 
 
 def test_evaluated_batch_norm_is_folded_in(blob_prior: Prior) -> None:
@@ -134,19 +134,22 @@ def test_one_kind_of_rows_is_not_enough(rows: Any) -> None:
     observation = cases.observation_of(model, data.images, data.labels, fit_prior(cases.blobs(40, shape)))
     chain = find_chain(trace(observation.simulation.model, data.images), observation.complete)
     std = observation.stds[chain.weight]
-    found = walk(chain, observation.simulation.params, observation.gradients, std, rows)
+    try:
+        found = walk(chain, observation.simulation.params, observation.gradients, std, rows)
+    except NotApplicable as reason:
+        assert "rank-short" in str(reason)  # forward rows alone
+        return
     assert found.image is not None
     assert not found.passes(1e-4)
     assert cases.psnr(found.image.clamp(0, 1)[None], data.images) < 20
 
 
-def test_relu_is_rank_short_and_says_so() -> None:
+def test_relu_loses_forward_rows_and_is_not_certified() -> None:
     shape = (1, 28, 28)
-    data = cases.blobs(1, shape, seed=1)
-    found = attack(
-        cases.observation_of(cases.lenet(nn.ReLU), data.images, data.labels, fit_prior(cases.blobs(40, shape)))
-    )
+    model, x = cases.lenet(nn.ReLU), cases.blobs(1, shape, seed=1).images
+    found = attack(cases.observation_of(model, x, cases.unlikely(model, x), fit_prior(cases.blobs(40, shape))))
     assert found.certified == 0
+    assert cases.psnr(found.images, x) < 40
 
 
 def test_clipping_does_not_matter(blob_prior: Prior) -> None:
@@ -163,15 +166,14 @@ def test_no_false_certificate(kind: str, blob_prior: Prior) -> None:
     data = cases.blobs(6, seed=1)
     for i in range(6):
         model = cases.lenet(shape=(1, 16, 16), seed=i)
-        x, y = data.images[i : i + 1], data.labels[i : i + 1]
+        x = data.images[i : i + 1]
+        y = cases.unlikely(model, x)
         observation = cases.observation_of(model, x, y, blob_prior)
-        generator = torch.Generator().manual_seed(i)
-        g = observation.gradient
+        g, generator = observation.gradient, torch.Generator().manual_seed(i)
         noise = torch.randn(len(g), generator=generator) * observation.norm / len(g) ** 0.5
-        if kind == "another model":
-            other = cases.observation_of(cases.lenet(shape=(1, 16, 16), seed=i + 50), x, y, blob_prior)
-            g = other.gradient
-        found = attack(perturbed(observation, noise if kind == "gaussian" else g + 1e-3 * noise * (kind[0] == "u")))
+        other = cases.observation_of(cases.lenet(shape=(1, 16, 16), seed=i + 50), x, y, blob_prior)
+        wrong = {"another model": other.gradient, "gaussian": noise, "undeclared noise": g + 1e-3 * noise}
+        found = attack(replace(observation, gradient=wrong[kind]))
         assert found.certified == 0
 
 
@@ -182,7 +184,8 @@ def test_error_estimate_is_close_to_the_truth(lr: float, blob_prior: Prior) -> N
     data = cases.blobs(8, seed=1)
     for i in range(8):
         model = cases.lenet(shape=(1, 16, 16), seed=i)
-        x, y = data.images[i : i + 1], data.labels[i : i + 1]
+        x = data.images[i : i + 1]
+        y = cases.unlikely(model, x)
         found = attack(cases.observation_of(model, x, y, blob_prior, cases.recipe(lr=lr, momentum=0.9)))
         assert found.certified == 1
         assert found.est_psnr is not None
