@@ -114,7 +114,7 @@ def run_cell(
         "training": training_key(cell, attack),
         "notes": [*training.notes],
     }
-    return {k: v for k, v in to_json(result).items() if v not in ({}, [])}
+    return {k: v for k, v in to_json(result).items() if k == "defense" or v not in ({}, [])}
 
 
 def _stage(

@@ -214,7 +214,7 @@ def strip(cell: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in cell.items() if k != "cost"}
 
 
-OPEN = ("attack", "defense", "client_auc", "auc_by_class", "per_client", "failed_clients")
+OPEN = ("attack", "defense", "client_auc", "auc_by_class", "per_client", "failed_clients", "methods", "not_applicable")
 """Keys below which names are those of plugins, clients, classes and rounds."""
 RARE = {"failed_clients", "notes", "auc_by_class", "quadratic_weighted_kappa", "nonfinite_scores", "others"}
 """Documented keys that the tiny run has no reason to show."""

@@ -44,6 +44,7 @@ def dlg(
         seeds: starts to try at most. The next one is used only where the one before did not reach the target, and
             leaves the scale κ of the gradient free.
     """
+    observation = observation.eager
     simulation, prior = observation.simulation, observation.prior
     batch, shape = observation.batch, observation.image_shape
     if batch * prior.mean.numel() > MAX_UNKNOWNS:

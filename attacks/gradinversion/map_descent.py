@@ -29,7 +29,7 @@ def map_descent(
     observation: Observation, labels: Tensor, clock: Clock, generator: torch.Generator, *, seeds: int = 2
 ) -> list[Candidate]:
     """Reconstruct B images from up to `seeds` starts; one candidate each."""
-    prior, simulation = observation.prior, observation.simulation
+    prior, simulation = observation.prior, observation.eager.simulation
     if prior.rank < 1:
         raise NotApplicable("no public images to take principal components from")
     scale = prior.variance.sqrt()

@@ -59,6 +59,11 @@ class Observation:
         return std if self.kept is None else torch.where(self.kept, std, torch.inf)
 
     @cached_property
+    def eager(self) -> Observation:
+        """The same, for loops that differentiate with plain autograd."""
+        return replace(self, simulation=replace(self.simulation, eager=True))
+
+    @cached_property
     def weights(self) -> Tensor:
         """(P,) 1 on entries that were sent, else 0."""
         return torch.ones_like(self.gradient) if self.kept is None else self.kept.to(self.gradient)
