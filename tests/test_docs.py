@@ -184,7 +184,7 @@ def attacked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def cell_of(result: Mapping[str, Any], attack: str | None, *, defended: bool) -> dict[str, Any]:
     return next(
-        c for c in result["cells"] if (c["attack"] or {}).get("name") == attack and ("defense" in c) == defended
+        c for c in result["cells"] if (c["attack"] or {}).get("name") == attack and bool(c["defense"]) == defended
     )
 
 

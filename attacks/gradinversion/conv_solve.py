@@ -21,6 +21,8 @@ from .candidate import NotApplicable
 
 MAX_SYSTEM = 5_000
 """Largest dense system that is factored: 200 MB and some 2 s."""
+INACCURATE = 1e-6
+"""Relative residual of the normal equations above which the cheaper factorisation is not trusted."""
 Rows = Literal["both", "gradient", "forward"]
 
 
@@ -114,12 +116,15 @@ def solve_input(
         rows: which kind of rows to use; anything but "both" is for ablation.
 
     Gradient rows get the single weight 1/mean|dW|. A ridge of 1e-13 of the mean diagonal keeps the Cholesky factor
-    alive. Where the outputs are fewer than the unknowns, Woodbury's identity factors the smaller system.
+    alive. Where the outputs are fewer than the unknowns, Woodbury's identity factors the smaller system if it can.
     """
     channels, n = geometry.input[0], geometry.pixels
     outputs, unknowns = delta.numel(), channels * n
-    if min(outputs, unknowns) > MAX_SYSTEM:
-        raise NotApplicable(f"a system of {min(outputs, unknowns):,} unknowns is above the limit of {MAX_SYSTEM:,}")
+    # Woodbury's identity inverts the gradient rows of one channel: they must determine its pixels by themselves.
+    smaller = outputs < unknowns and geometry.output[0] * weight.shape[2] >= n
+    size = outputs if smaller else unknowns
+    if size > MAX_SYSTEM:
+        raise NotApplicable(f"a system of {size:,} unknowns is above the limit of {MAX_SYSTEM:,}")
     scale = 1.0 / weight_gradient.abs().mean().clamp(min=1e-300) ** 2 if rows != "forward" else 0.0
     squared = row_weights.reshape(-1) ** 2 if rows != "gradient" else torch.zeros_like(row_weights).reshape(-1)
     matrix = gradient_matrix(delta, geometry)
@@ -127,9 +132,12 @@ def solve_input(
     rhs = scale * (weight_gradient.transpose(0, 1).reshape(channels, -1) @ matrix)
     operator = _Convolution(weight, geometry)
     rhs = rhs + operator.transpose(squared.view_as(delta) * preactivation)
-    if outputs < unknowns:
-        return _woodbury(operator, gram, squared, rhs)
-    return _normal(operator, gram, squared, rhs)
+    solution = (_woodbury if smaller else _normal)(operator, gram, squared, rhs)
+    if smaller and unknowns <= MAX_SYSTEM:
+        left = rhs - _product(operator, gram, squared, solution)
+        if not float(left.norm()) <= INACCURATE * float(rhs.norm()):  # those rows were short of rank all the same
+            return _normal(operator, gram, squared, rhs)
+    return solution
 
 
 class _Convolution:
@@ -203,9 +211,13 @@ def _woodbury(operator: _Convolution, gram: Tensor, squared: Tensor, rhs: Tensor
 
     x = apply_inverse(rhs)
     for _ in range(2):
-        product = x @ gram + operator.transpose(squared.view(shape) * operator.forward(x))
-        x = x + apply_inverse(rhs - product)
+        x = x + apply_inverse(rhs - _product(operator, gram, squared, x))
     return x
+
+
+def _product(operator: _Convolution, gram: Tensor, squared: Tensor, x: Tensor) -> Tensor:
+    """The normal equations' matrix times x (I, n)."""
+    return x @ gram + operator.transpose(squared.view(operator.geometry.output[0], -1) * operator.forward(x))
 
 
 def _cholesky(matrix: Tensor) -> Tensor:

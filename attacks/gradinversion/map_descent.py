@@ -59,7 +59,8 @@ def map_descent(
     for seed in range(seeds):
         draw = torch.randn(observation.batch, min(LADDER[0][0], prior.rank), generator=generator)
         found.append(descend(START * draw.to(prior.mean), clock.share(1 / (seeds - seed))))
-        difference = (simulation.flat(found[-1].images, labels) - observation.gradient) * observation.weights
+        sent_by_it = observation.simulation.flat(found[-1].images, labels)
+        difference = (sent_by_it - observation.gradient) * observation.weights
         if clock.left <= 0 or float(difference.norm()) < SOLVED * observation.norm:
             break
     return found
