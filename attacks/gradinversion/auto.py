@@ -49,7 +49,7 @@ COARSE_RANK = 160
 """Components of the maximum a posteriori estimate where more would cost time and bring nothing."""
 NOISY = 0.3
 """Relative noise above which cosine matching adds nothing to the maximum a posteriori estimate."""
-IMPROVING_STEPS = 800
+IMPROVING_STEPS = 500
 """Steps of `inverting_gradients` from a good start."""
 PRIOR_WEIGHT = 1e-2
 """Weight of the public prior at the start of `inverting_gradients` in auto."""

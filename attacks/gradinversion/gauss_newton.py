@@ -7,6 +7,7 @@ Balunović et al. 2021 (2111.04706) in spirit: attack = Bayes-optimal inversion 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -80,7 +81,10 @@ def jacobian(problem: Problem, prior: Prior, coordinates: Tensor) -> Tensor:
     chunk = max(1, min(CHUNK // batch, AT_ONCE // max(1, len(problem.target))))
     which = torch.arange(batch, device=images.device).repeat_interleave(rank)
     pairs = zip(which.split(chunk), directions.repeat(batch, 1, 1, 1).split(chunk), strict=True)
-    return torch.cat([vmap(column)(i, d) for i, d in pairs]).T.double()
+    with warnings.catch_warnings():
+        # Forward mode scripts its own decompositions on first use, and warns of it.
+        warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
+        return torch.cat([vmap(column)(i, d) for i, d in pairs]).T.double()
 
 
 def minimise(

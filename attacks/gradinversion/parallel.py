@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import multiprocessing
 import pickle
-import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -44,10 +43,7 @@ class Job:
             return self._nothing(view)
         generator = torch.Generator().manual_seed(seed)
         observation = observe(view, self.model, self.prior, self.image_shape, adaptive=self.adaptive, mode=self.mode)
-        with warnings.catch_warnings():
-            # Forward-mode differentiation scripts its decompositions; that is torch's own affair.
-            warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
-            return reconstruct(observation, self.settings, generator)
+        return reconstruct(observation, self.settings, generator)
 
     def _nothing(self, view: ServerView) -> Reconstruction:
         batch = max(1, view.recipe.batch_size)
