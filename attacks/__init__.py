@@ -1,0 +1,1 @@
+"""What adversaries can do in a federated round: one folder a family."""
