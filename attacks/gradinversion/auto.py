@@ -37,6 +37,7 @@ from .map_descent import map_descent
 from .map_gauss_newton import invert_features, map_gauss_newton
 from .observation import Observation
 from .selection import disagreement, select
+from .starts import prior_start
 from .trace import Trace, trace
 
 Method = Literal["auto", "analytic", "cascade", "map_gauss_newton", "dlg", "inverting_gradients"]
@@ -135,6 +136,8 @@ class Attempt:
                 self.add(method(labels, clock.share(1 / (len(guesses) - i))))
         except NotApplicable as reason:
             self.skipped[name] = str(reason)
+        except RuntimeError as error:  # torch: an operation of this model lacks a derivative that the method needs
+            self.skipped[name] = f"failed: {str(error).strip().splitlines()[0]}"
 
     @property
     def done(self) -> bool:
@@ -234,18 +237,15 @@ def _dlg(run: Attempt) -> None:
         return
     if auto and _solved(run):
         return
-    hidden = run.labels.source == "guessed" and observation.simulation.task != "multilabel"
-    if hidden:
-        clock = run.clock.share(0.6 if auto else 1.0)
-        try:
-            run.add(dlg(observation, None, clock, run.generator))
-        except NotApplicable as reason:
-            run.skipped["dlg"] = str(reason)
-        return
+    joint = run.labels.source == "guessed" and observation.simulation.task != "multilabel"
     start = run.best_start() if auto and observation.batch > 1 else None
     seeds = 1 if start is not None else 2
-    share = 0.6 if auto else 1.0
-    run.attempt("dlg", lambda y, c: dlg(observation, y, c, run.generator, start=start, seeds=seeds), share)
+
+    def method(labels: Tensor, clock: Clock) -> list[Candidate]:
+        known = None if joint else labels
+        return dlg(observation, known, clock, run.generator, start=start, seeds=seeds)
+
+    run.attempt("dlg", method, 0.6 if auto else 1.0)
 
 
 def _inverting_gradients(run: Attempt) -> None:
@@ -258,7 +258,9 @@ def _inverting_gradients(run: Attempt) -> None:
     if auto:
         terms = replace(terms, prior=PRIOR_WEIGHT, features=run.features)
         start = run.best_start()
-        if start is not None:  # a good start: more of the same adds little
+        if start is None:
+            start = prior_start(observation, run.generator)
+        else:  # a good start: more of the same adds little
             restarts, iterations = 1, min(iterations, IMPROVING_STEPS)
     run.attempt(
         "inverting_gradients",

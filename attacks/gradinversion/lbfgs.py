@@ -14,6 +14,10 @@ RUNAWAY = 10.0
 """A value this many times the best one counts as divergence."""
 
 
+class _OutOfTimeError(Exception):
+    """Leaves a line search in the middle; the best point has been kept."""
+
+
 @dataclass(frozen=True)
 class Descent:
     """Where a descent ended."""
@@ -44,7 +48,7 @@ def minimise(
     Args:
         objective: point -> scalar, differentiable.
         start: any shape.
-        clock: no outer iteration starts after it has run out.
+        clock: checked before every evaluation but the first.
         outer: outer iterations, of `inner` steps each.
         target: stop at or below this value.
         history: pairs that approximate the curvature.
@@ -75,6 +79,8 @@ def minimise(
 
     def closure() -> Tensor:
         nonlocal best, lowest, evaluations, latest
+        if evaluations and clock.left <= 0:
+            raise _OutOfTimeError
         value = objective(point)
         (gradient,) = torch.autograd.grad(value, point)
         point.grad = gradient
@@ -87,7 +93,10 @@ def minimise(
     optimizer = fresh()
     for _ in range(outer):
         before = lowest
-        optimizer.step(closure)
+        try:
+            optimizer.step(closure)
+        except _OutOfTimeError:
+            break
         diverged = latest != latest or latest > RUNAWAY * lowest or bool((point.detach().abs() > limit).any())
         if diverged:
             restored += 1

@@ -14,11 +14,10 @@ from . import lbfgs
 from .candidate import Candidate, Clock, NotApplicable
 from .observation import Observation
 from .prior import widen
+from .starts import PRIOR_SPREAD
 
 LADDER = ((64, 0.3, 10), (160, 0.1, 10), (1024, 0.01, 30), (1024, 1e-3, 30), (1024, 0.0, 30))
 """(components, widening as a share of ‖g‖, outer iterations); the last stage is for observations with known noise."""
-START = 0.3
-"""Spread of the start in prior units: images of a batch must not start equal, or they never separate."""
 FURTHEST = 30.0
 """A coordinate beyond so many prior standard deviations counts as divergence."""
 SOLVED = 1e-2
@@ -58,7 +57,7 @@ def map_descent(
     found: list[Candidate] = []
     for seed in range(seeds):
         draw = torch.randn(observation.batch, min(LADDER[0][0], prior.rank), generator=generator)
-        found.append(descend(START * draw.to(prior.mean), clock.share(1 / (seeds - seed))))
+        found.append(descend(PRIOR_SPREAD * draw.to(prior.mean), clock.share(1 / (seeds - seed))))
         sent_by_it = observation.simulation.flat(found[-1].images, labels)
         difference = (sent_by_it - observation.gradient) * observation.weights
         if clock.left <= 0 or float(difference.norm()) < SOLVED * observation.norm:

@@ -7,6 +7,9 @@ from torch import Tensor
 
 from .observation import Observation
 
+PRIOR_SPREAD = 0.3
+"""Spread of a batch's start in prior units: images must not start equal, or they never separate."""
+
 
 def noise_start(observation: Observation, generator: torch.Generator, restarts: int) -> Tensor:
     """(R, B, C, H, W): independent Gaussian pixels with the level and spread of public images.
@@ -16,6 +19,16 @@ def noise_start(observation: Observation, generator: torch.Generator, restarts: 
     prior = observation.prior
     draw = torch.randn(restarts, observation.batch, *observation.image_shape, generator=generator)
     return prior.level + prior.spread * draw.to(prior.mean)
+
+
+def prior_start(observation: Observation, generator: torch.Generator) -> Tensor:
+    """(B, C, H, W): the public mean for one image; for a batch, draws about it that are 0.3 of the prior wide."""
+    prior = observation.prior
+    rank = min(64, prior.rank)
+    if observation.batch == 1 or rank == 0:
+        return prior.mean[None].clone() if observation.batch == 1 else noise_start(observation, generator, 1)[0]
+    draw = torch.randn(observation.batch, rank, generator=generator).to(prior.mean)
+    return prior.synthesise(PRIOR_SPREAD * draw * prior.variance[:rank].sqrt())
 
 
 def check_distinct(start: Tensor, spread: float) -> None:

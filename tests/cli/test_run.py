@@ -35,7 +35,7 @@ def cells(folder: Path, *words: str) -> list[dict[str, Any]]:
 def test_the_main_job(folder: Path) -> None:
     none, dp = cells(folder, *ATTACK, "--out", "r")
     assert none.get("defense", []) == []
-    assert dp["defense"] == [{"name": "dp", "epsilon": "8"}]
+    assert dp["defense"] == [{"name": "dp", "epsilon": 8.0}]
     for cell in (none, dp):
         assert {"utility", "leakage", "cost", "assumptions"} <= cell.keys()
         assert set(cell["utility"]["auc"]) == {"value", "low", "high", "n"}
