@@ -17,7 +17,7 @@ $(STAMP): pyproject.toml
 	@touch $@
 
 demo: install
-	$(BIN)/fedsec run --attack gradinversion:images=6,budget_s=4 --defense dp --out runs/demo
+	$(BIN)/fedsec run --attack gradinversion:images=4,budget_s=4 --defense dp --rounds 8 --out runs/demo
 	$(BIN)/fedsec plot runs/demo
 
 lint: install
