@@ -13,7 +13,7 @@ from fedsec.types import Seat
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fedsec.types import Findings, RoundContext, ServerView, Target, Update, VictimPlan
+    from fedsec.types import Findings, Limits, RoundContext, ServerView, Target, Update, VictimPlan
 
 
 class Attack:
@@ -61,3 +61,15 @@ class Attack:
     def conclude(self, target: Target) -> Findings | None:
         """After training, from what the target holds and nothing else."""
         return None
+
+    def limits(self, target: Target, truths: Sequence[tuple[Tensor, Tensor]]) -> Sequence[Limits]:
+        """Simulation only, after `conclude`: how well could any attack have done on each view?
+
+        Args:
+            target: as for `conclude`.
+            truths: (images, labels) behind each view, in order.
+
+        Returns:
+            one entry a view, or nothing where no limit is known.
+        """
+        return ()

@@ -241,6 +241,10 @@ class Reconstruction:
     labels: Tensor
     """(B,) or (B, L): the labels used or recovered."""
     method: str
+    label_source: Literal["oracle", "recovered", "set", "guessed", "joint"] = "recovered"
+    """Told in advance; solved for; the best of a set that covers 95 %; a prior's guess; optimised with the images."""
+    label_set: tuple[Tensor, ...] = ()
+    """Every multiset of labels that was tried."""
     certified: int = 0
     """How many of the B images carry a certificate that needs no ground truth."""
     residual: float = float("nan")
@@ -260,7 +264,20 @@ class Findings:
 
     reconstructions: tuple[Reconstruction, ...] = ()
     """One for each view of the target, in order."""
+    naive: tuple[Reconstruction, ...] = ()
+    """The same by an adversary who does not know of the defense, where both were asked for."""
     assumptions: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the observation behind one view allowed, computed with the truth in hand once the attack is over."""
+
+    bound_mse: float | None = None
+    """Mean squared pixel error, over the B images, that a bound allows; None: no bound, `notes` says why."""
+    values: Mapping[str, float] = field(default_factory=dict)
+    """Further figures of this view, such as rank indices, by their result key."""
     notes: tuple[str, ...] = ()
 
 

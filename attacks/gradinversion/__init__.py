@@ -9,6 +9,8 @@ from pydantic import Field
 
 from fedsec.attack import Attack
 
+from .settings import Method, Settings
+
 if TYPE_CHECKING:
     from fedsec.types import Findings, Target, VictimPlan
 
@@ -27,8 +29,7 @@ class GradInversion(Attack):
     goal: ClassVar[str] = "rebuild training images from the update that a client sends"
 
     method: Annotated[
-        Literal["auto", "analytic", "cascade", "map_gauss_newton", "dlg", "inverting_gradients"],
-        Field(description="auto: the strongest that applies, stopping at a proof of exactness"),
+        Method, Field(description="auto: the strongest that applies, stopping at a proof of exactness")
     ] = "auto"
     images: Annotated[int, Field(ge=1, description="victim images; intervals need 20 or more")] = 20
     batch: Annotated[int, Field(ge=1, description="images in one victim's batch")] = 1
@@ -74,7 +75,6 @@ class GradInversion(Attack):
         """Attack every view."""
         from fedsec.types import Findings
 
-        from .auto import Settings
         from .parallel import make_job, run_all
         from .stamp import stamp
 

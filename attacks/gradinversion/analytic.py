@@ -6,6 +6,7 @@ Exact to float32 rounding, trained or not, whatever stands above the layer.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from .candidate import Candidate, NotApplicable
 from .certificate import estimate_from_replay, tolerance
 from .chain import Chain
 from .observation import Observation
+
+if TYPE_CHECKING:
+    from .attempt import Attempt
 
 
 def analytic(observation: Observation, chain: Chain, labels: Tensor) -> list[Candidate]:
@@ -63,3 +67,8 @@ def refuse_mixtures(observation: Observation, noise: float = 1e-3) -> None:
     if observation.relative_noise > noise:
         share = observation.relative_noise
         raise NotApplicable(f"the defense's noise is {share:.2g} of the gradient; closed forms bear {noise:g}")
+
+
+def stage(run: Attempt) -> None:
+    """One image, fully connected first layer."""
+    run.attempt("analytic", lambda y, _: analytic(run.observation, run.chain(), y))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 from torch.nn.grad import conv2d_input
@@ -19,6 +20,9 @@ from .certificate import TOLERANCE, estimate_from_replay, tolerance
 from .chain import Chain
 from .conv_solve import Rows, constraints, solve_input
 from .observation import Observation
+
+if TYPE_CHECKING:
+    from .attempt import Attempt
 
 
 @dataclass(frozen=True)
@@ -120,3 +124,8 @@ def cascade(observation: Observation, chain: Chain, labels: Tensor) -> list[Cand
     if not candidate.layers_ok:
         return [candidate]
     return [estimate_from_replay(candidate, observation, lambda parts: image_of(solve(parts)))]
+
+
+def stage(run: Attempt) -> None:
+    """One image, convolutions with invertible activations."""
+    run.attempt("cascade", lambda y, _: cascade(run.observation, run.chain(), y))

@@ -6,6 +6,7 @@ Works on smooth activations; second derivatives of piecewise-linear nets with Ba
 from __future__ import annotations
 
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from .candidate import Candidate, Clock, NotApplicable
 from .objectives import best_scale, squared_error
 from .observation import Observation
 from .starts import noise_start
+
+if TYPE_CHECKING:
+    from .attempt import Attempt
 
 MAX_UNKNOWNS = 20_000
 SOLVED = 1e-6
@@ -88,3 +92,25 @@ def dlg(
         if ended.value <= SOLVED * energy or clock.left <= 0:
             break
     return found
+
+
+def stage(run: Attempt) -> None:
+    """Smooth activations without known noise; in auto from the best candidate so far."""
+    observation = run.observation
+    if run.auto and run.kinked:
+        run.skipped["dlg"] = f"second derivatives vanish at {run.kinked}"
+        return
+    if run.auto and run.noisy:
+        run.skipped["dlg"] = "the noise is known: the maximum a posteriori estimate replaces it"
+        return
+    if run.auto and run.solved:
+        return
+    joint = run.labels.source == "guessed" and observation.simulation.task != "multilabel"
+    start = run.best_start() if run.auto and observation.batch > 1 else None
+    seeds = 1 if start is not None else 2
+
+    def method(labels: Tensor, clock: Clock) -> list[Candidate]:
+        known = None if joint else labels
+        return dlg(observation, known, clock, run.generator, start=start, seeds=seeds)
+
+    run.attempt("dlg", method, 0.6 if run.auto else 1.0)

@@ -7,7 +7,8 @@ connected layer where they are known. Restarts run side by side through `torch.f
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,7 +18,10 @@ from .candidate import Candidate, Clock
 from .features import Features, feature_distance
 from .objectives import cosine_distance, total_variation
 from .observation import Observation
-from .starts import check_distinct, noise_start
+from .starts import check_distinct, noise_start, prior_start
+
+if TYPE_CHECKING:
+    from .attempt import Attempt
 
 STEP = 0.1
 """Adam's rate in units of the public pixel spread."""
@@ -29,6 +33,12 @@ ANNEAL = 0.3
 """Factor on the prior at each decay: a strong prior finds the region, a weak one leaves room for detail."""
 LEAST_STEPS = 600
 """Steps that every restart should be able to take; restarts beyond what the budget then allows are dropped."""
+NOISY = 0.3
+"""Relative noise above which cosine matching adds nothing to the maximum a posteriori estimate."""
+IMPROVING_STEPS = 500
+"""Steps from a good start."""
+PRIOR_WEIGHT = 1e-2
+"""Weight of the public prior at the start, in auto."""
 AT_ONCE = 20_000_000
 """Gradient entries of all restarts together that are held at once."""
 
@@ -144,3 +154,26 @@ def _evaluator(observation: Observation, labels: Tensor, terms: Terms, restarts:
     step = grad_and_value(lambda x, damping: objective(observation, labels, terms, x, damping))
     chunk = max(1, AT_ONCE // (observation.simulation.size * observation.batch))
     return lambda images, k: vmap(lambda x: step(x, k), chunk_size=chunk)(images)
+
+
+def stage(run: Attempt) -> None:
+    """Every model; in auto with the public prior, known features, and the best candidate so far as the start."""
+    observation, settings = run.observation, run.settings
+    posterior = run.noisy and (observation.relative_noise > NOISY or not run.kinked)
+    if run.auto and (run.solved or posterior):
+        return
+    terms = Terms(tv=settings.tv)
+    start, restarts, iterations = None, settings.restarts, settings.iterations
+    if run.auto:
+        terms = replace(terms, prior=PRIOR_WEIGHT, features=run.features)
+        start = run.best_start()
+        if start is None:
+            start = prior_start(observation, run.generator)
+        else:  # a good start: more of the same adds little
+            restarts, iterations = 1, min(iterations, IMPROVING_STEPS)
+    run.attempt(
+        "inverting_gradients",
+        lambda y, c: inverting_gradients(
+            observation, y, c, run.generator, restarts=restarts, iterations=iterations, terms=terms, start=start
+        ),
+    )

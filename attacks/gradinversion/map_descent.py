@@ -7,6 +7,8 @@ few components and widened noise.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,9 @@ from .candidate import Candidate, Clock, NotApplicable
 from .observation import Observation
 from .prior import widen
 from .starts import PRIOR_SPREAD
+
+if TYPE_CHECKING:
+    from .attempt import Attempt
 
 LADDER = ((64, 0.3, 10), (160, 0.1, 10), (1024, 0.01, 30), (1024, 1e-3, 30), (1024, 0.0, 30))
 """(components, widening as a share of ‖g‖, outer iterations); the last stage is for observations with known noise."""
@@ -63,3 +68,10 @@ def map_descent(
         if clock.left <= 0 or float(difference.norm()) < SOLVED * observation.norm:
             break
     return found
+
+
+def stage(run: Attempt) -> None:
+    """Batches, and models too large for an explicit Jacobian; smooth activations, or any where noise is known."""
+    wanted = run.noisy or not run.kinked
+    if wanted and (run.observation.batch > 1 or "map_gauss_newton" in run.skipped):
+        run.attempt("map_descent", lambda y, c: map_descent(run.observation, y, c, run.generator), 0.7)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ from .features import Features
 from .gauss_newton import Problem, Solution, jacobian, minimise
 from .observation import Observation
 from .prior import Prior, widen
+
+if TYPE_CHECKING:
+    from .attempt import Attempt
 
 MAX_JACOBIAN = 120_000_000
 """Entries of the largest Jacobian (1 GB in float64)."""
@@ -31,6 +35,8 @@ FEATURE_LADDER = ((64, 0.3, 6), (160, 0.1, 6))
 """(components, widening, steps) of the feature inversion."""
 SIGNIFICANT = 3.0
 """Standard deviations by which an explanation must beat chance."""
+COARSE_RANK = 160
+"""Components where more would cost time and bring nothing."""
 EXPLAINED = 1.25
 """Largest reduced χ² that counts as explained; a small one is no failure, as the floor may be set too high."""
 
@@ -175,3 +181,17 @@ def invert_features(observation: Observation, features: Features, labels: Tensor
 
 def _explained(problem: Problem, solution: Solution) -> bool:
     return solution.misfit / max(1, int(torch.isfinite(problem.variance).sum())) <= EXPLAINED
+
+
+def stage(run: Attempt) -> None:
+    """One image; with known noise, or smooth activations. Piecewise-linear nets give their features instead."""
+    observation = run.observation
+    if run.auto and run.kinked and not run.noisy:
+        run.skipped["map_gauss_newton"] = f"without noise it stalls at the kinks of {run.kinked}"
+        if run.features is not None:
+            known = run.features
+            run.attempt("feature_inversion", lambda y, c: [invert_features(observation, known, y, c)], 0.25)
+        return
+    limit = COARSE_RANK if run.kinked or observation.relative_noise > 1 else None
+    share = 0.6 if run.auto else 1.0
+    run.attempt("map_gauss_newton", lambda y, c: map_gauss_newton(observation, y, c, limit=limit), share)

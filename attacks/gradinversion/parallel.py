@@ -20,9 +20,10 @@ from torch import nn
 from fedsec.errors import RunError
 from fedsec.types import Reconstruction, ServerView, Target
 
-from .auto import Settings, reconstruct
+from .auto import reconstruct
 from .observation import observe
 from .prior import Prior, fit_prior
+from .settings import Settings
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from torch import nn
 
 from fedsec.types import Target
 
-from .auto import Settings
 from .knowledge import read
+from .settings import Settings
 
 
 def stamp(
