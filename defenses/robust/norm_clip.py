@@ -1,0 +1,67 @@
+"""Norm clipping: shorten what is long, then average."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+import numpy as np
+from pydantic import Field
+
+from fedsec.robust.rule import Seen, Weighing, WeightRule
+
+if TYPE_CHECKING:
+    from fedsec.robust.geometry import Vector
+
+QUANTILE = 0.5
+"""Share of clients that the adaptive bound lets through unclipped."""
+RATE = 0.2
+"""Rate at which the adaptive bound moves."""
+
+
+@dataclass(frozen=True)
+class NormClip(WeightRule):
+    """Every update is shortened to a norm C, then weighed by capped sample counts (Sun et al. 2019, 1911.07963).
+
+    C is fixed, or a multiple of the median norm, or follows the median over rounds (Andrew et al. 2021, 1905.03871).
+    One client moves the model by at most its share times C. The only rule here that makes use of sample counts.
+    """
+
+    name: ClassVar[str] = "norm_clip"
+    protects: ClassVar[str] = "bounds what one client can do: updates are shortened to a common norm"
+    requirement: ClassVar[str] = "n ≥ 1"
+
+    bound: Annotated[
+        Literal["median", "fixed", "adaptive"],
+        Field(description="C: a multiple of the median norm, a fixed number, or a quantile followed over rounds"),
+    ] = "median"
+    c: Annotated[
+        float, Field(gt=0, description="the multiple, or the fixed norm; 1 is expensive where sites differ")
+    ] = 2.0
+
+    def limit(self, norms: Vector, memory: Mapping[str, Any]) -> float:
+        """C of this round."""
+        if self.bound == "fixed":
+            return self.c
+        median = float(np.median(norms))
+        return self.c * median if self.bound == "median" else float(memory.get("limit", median))
+
+    def factors(self, norms: Vector, shares: Vector, f: int, memory: Mapping[str, Any]) -> Vector:
+        """min(1, C/‖u_i‖)."""
+        limit = self.limit(norms, memory)
+        return np.minimum(1.0, limit / np.maximum(norms, 1e-300)) if limit > 0 else np.ones(len(norms))
+
+    def decide(self, seen: Seen) -> Weighing:
+        """Suspicion is the norm in units of C, as sent."""
+        norms = seen.geometry.norms[: seen.n]
+        limit = self.limit(norms, seen.memory)
+        found = super().decide(seen)
+        inside = float((norms <= limit).mean())
+        memory = {"limit": limit * math.exp(-RATE * (inside - QUANTILE))} if self.bound == "adaptive" else {}
+        return Weighing(found.coefficients, norms / max(limit, 1e-300), found.flags, memory)
+
+    def weigh(self, seen: Seen) -> Weighing:
+        """The shares of the shortened updates."""
+        return Weighing(seen.shares, seen.geometry.norms)
