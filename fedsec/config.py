@@ -73,6 +73,9 @@ class FederationConfig:
     weight_decay: Annotated[float, Field(ge=0, description="weight decay of the clients' SGD")] = 0.0
     strategy: Annotated[str, Field(description="what is shared and how it is combined, as name:key=value")] = "fedavg"
     participation: Annotated[str, Field(description="full, a fraction, or intermittent:p=0.8")] = "full"
+    shadow_rules: Annotated[
+        str | None, Field(description="rules to evaluate on the same updates without applying them, as krum+dos")
+    ] = None
     client_timeout: Annotated[float | None, Field(gt=0, description="seconds before a client is given up")] = None
     engine: Annotated[
         Literal["auto", "serial", "processes"], Field(description="where clients train; auto: a process a core")

@@ -7,7 +7,7 @@ A defense is a frozen dataclass. Its fields are its parameters: annotate them wi
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
@@ -76,6 +76,14 @@ class Defense:
         "laplace") with `noise_std`, the standard deviation per entry of `Update.delta`; `noise_multiplier` and
         `batch_divisor` (DP-SGD: the noise is multiplier x clip norm on the *sum* of gradients, which is then
         divided by the constant `batch_divisor`); `mask` (bool tensor of entries that are sent).
+
+        What follows the data cannot be known before the upload, but shows in it. Such keys say what to look for:
+        `sparse` (true: entries that arrive as exactly zero were not sent); `quantisation_levels` (every entry is a
+        whole multiple, at most this one, of a step: the largest magnitude divided by it) with `quantisation_scope`
+        ("tensor" or "vector": how far that step reaches), or `quantisation_step` (a step that does not follow the
+        data: one for all, or a tensor with one for each entry), either with `stochastic_rounding`; `pruned_layer`
+        (the fully connected layer, "head" or a module's name, of whose weight gradient whole columns are set to
+        zero); `stochastic` (names of modules, or last parts of them, that draw at random in every local step).
         """
         return {}
 
@@ -96,6 +104,10 @@ class Aggregation:
     """Client -> its share in the aggregate, where the rule has one."""
     suspicion: Mapping[int, float] = field(default_factory=dict)
     """Client -> score, larger is more suspicious. Empty where individuals are hidden."""
+    clipped: Mapping[int, float] = field(default_factory=dict)
+    """Client -> factor by which its update was shortened before the rule saw it."""
+    shadows: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Rule that was not applied -> its weights and suspicion on the same updates, or why it had no answer."""
     flags: tuple[str, ...] = ()
 
 
@@ -108,12 +120,24 @@ class Aggregator(ABC):
     sees_individuals: ClassVar[bool] = True
     """False: the server learns the sum alone, and so does every attack from its seat."""
 
+    @property
+    def needs_root(self) -> bool:
+        """The server has to train on images of its own in every round, and `receive_root` is told the update."""
+        return False
+
+    def turned_away(self, clients: Collection[int]) -> None:  # noqa: B027
+        """Server: before a round starts, who replied in it and did not pass the screening."""
+
+    def receive_root(self, delta: Tensor) -> None:  # noqa: B027
+        """Server: the update (d,) that its own images give in this round."""
+
     def encode(self, update: Update, ctx: RoundContext) -> Payload:
         """Client: turn an update into what travels. In clear by default."""
         from fedsec.types import Payload
 
-        tensors = [update.delta, *update.extras.values(), *([] if update.buffers is None else [update.buffers])]
-        num_bytes = sum(t.numel() * t.element_size() for t in tensors)
+        beside = [*update.extras.values(), *([] if update.buffers is None else [update.buffers])]
+        whole = beside if update.wire is not None else [update.delta, *beside]
+        num_bytes = sum(t.numel() * t.element_size() for t in whole) + (update.wire.num_bytes if update.wire else 0)
         return Payload(update.client, update, num_bytes, update.num_samples)
 
     @abstractmethod

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,17 +15,20 @@ from torch import Tensor
 from fedsec import checkpoint
 from fedsec.attack import Attack
 from fedsec.config import Cell
+from fedsec.errors import RunError
 from fedsec.federation.assemble import Federation, assemble, build_stack
+from fedsec.federation.evaluation import attack_success
+from fedsec.federation.interrogation import interrogate
 from fedsec.federation.training import Training, train
-from fedsec.federation.victims import Victim, observe, rounds_of
+from fedsec.federation.victims import Victim, observe, rounds_of, victims_of
+from fedsec.leakage import Judge, model_state, public_prior, stamped
 from fedsec.machine import prepare_for_small_networks, usable_cores
 from fedsec.metrics.image import pixel_hash
-from fedsec.metrics.reconstruction import summarise_reconstructions
+from fedsec.metrics.robustness import robustness, without_effect
 from fedsec.progress import Progress
-from fedsec.types import Findings, PublicData, Reconstruction, RoundContext, Target, to_json
-
-GALLERY = 500
-"""Largest number of same-class candidates that re-identification has to tell apart."""
+from fedsec.robust.aggregator import RuleAggregator
+from fedsec.robust.rule import ASSUMED_SHARE, assumed_f
+from fedsec.types import Findings, PublicData, RoundContext, ServerView, Target, to_json
 
 
 @dataclass
@@ -40,8 +41,7 @@ class Stage:
 
 def training_key(cell: Cell, attack: Attack | None) -> str:
     """The content hash of the training alone."""
-    changes_training = attack is not None and attack.seat in ("client", "malicious-server")
-    return "train-" + cell.key(without_attack=not changes_training)
+    return "train-" + cell.key(without_attack=attack is None or not attack.changes_training)
 
 
 def run_cell(
@@ -73,10 +73,20 @@ def run_cell(
     federation, training = stage.federation, stage.training
 
     leakage: dict[str, Any] = {}
+    cost = dict(training.cost)
+    remarks: tuple[str, ...] = ()
     assumptions: dict[str, Any] = {"server": "honest", "clients": len(federation.clients)}
     if attack is not None and plan is not None:
-        views, victims = observe(federation, training, plan)
-        public = public_data(federation, victims)
+        queries: list[tuple[ServerView, ...]] = []
+        if attack.seat == "malicious-server":
+            chosen = victims_of(federation, plan)
+            victims = [victim for _, victim in chosen]
+            public = public_data(federation, victims)
+            queries = interrogate(federation, training, plan, chosen, attack, public)
+            views = [answers[-1] for answers in queries]
+        else:
+            views, victims = observe(federation, training, plan)
+            public = public_data(federation, victims)
         target = Target(
             model=federation.build_model,
             released=lambda: federation.build_model(training.snapshots[cell.federation.rounds + 1]),
@@ -87,13 +97,18 @@ def run_cell(
             device=federation.device,
             workers=usable_cores() if federation.device.type == "cpu" else 1,
             progress=lambda done, total: progress.advance(done),
+            queries=tuple(queries),
         )
         progress.stage(f"{attack.name} against {cell.label()}", len(views))
         findings = conclude(attack, target)
-        leakage = leakage_of(findings, victims, federation, public)
+        concluded = time.perf_counter()
+        leakage = judge(attack, target, findings, victims, stage, progress)
+        cost["measure_seconds"] = round(time.perf_counter() - concluded, 3)
         assumptions |= dict(findings.assumptions)
+        remarks = findings.notes
         assumptions["rounds_observed"] = list(rounds)
-        assumptions["public_prior"] = {"name": public.name, "size": len(public.images), "hash_disjoint": True}
+        assumptions["model_state"] = model_state(training, rounds)
+        assumptions["public_prior"] = public_prior(public, victims)
         keep_reconstructions(artifacts / cell.key(), findings, victims, public)
     result = {
         "id": cell.key(),
@@ -107,14 +122,41 @@ def run_cell(
         "seed": cell.seed,
         "utility": training.utility,
         "leakage": leakage,
+        "robustness": robustness_of(federation, training),
         "privacy": training.privacy,
-        "cost": {**training.cost, "cell_seconds": round(time.perf_counter() - start, 3)},
+        "cost": {**cost, "cell_seconds": round(time.perf_counter() - start, 3)},
         "assumptions": {**assumptions, "data": federation.dataset.variant, "train_mode": federation.seats.recipe.mode},
         "failed_clients": failures(training),
         "training": training_key(cell, attack),
-        "notes": [*training.notes],
+        "notes": [*training.notes, *remarks],
     }
     return {k: v for k, v in to_json(result).items() if k == "defense" or v not in ({}, [])}
+
+
+def robustness_of(federation: Federation, training: Training) -> dict[str, Any]:
+    """What malicious clients achieved, and what a robust rule made of the honest ones.
+
+    Raises:
+        RunError: the clients of the adversary changed nothing; a result without an attack must not pass for one.
+    """
+    seats = federation.seats
+    if seats.malicious and without_effect(training.history):
+        raise RunError(
+            f"{seats.attack.name if seats.attack else 'attack'}: attack_had_no_effect: its clients changed no update "
+            "and no image in any round; check the method, its strength and when it acts"
+        )
+    if not seats.malicious and not isinstance(seats.aggregator, RuleAggregator):
+        return {}
+    clients = len(federation.clients)
+    rule = seats.aggregator.rule if isinstance(seats.aggregator, RuleAggregator) else None
+    flagged = assumed_f(rule, clients)[0] if rule is not None else round(ASSUMED_SHARE * clients)
+    rng = RoundContext(federation.cell.seed, 0, 0).numpy("robustness-bootstrap")
+    result = robustness(training.history, flagged, generator=rng)
+    if seats.attack is None:
+        return result
+    released = training.snapshots[federation.cell.federation.rounds + 1]
+    params, buffers = (t.to(federation.device) for t in released)
+    return result | attack_success(federation, "test", params, buffers, seats.attack.probe)
 
 
 def _stage(
@@ -145,10 +187,26 @@ def conclude(attack: Attack, target: Target) -> Findings:
         raise ValueError(
             f"{attack.name}: {len(findings.reconstructions)} reconstructions for {len(target.views)} views"
         )
-    for item in findings.reconstructions:
+    if findings.naive and len(findings.naive) != len(findings.reconstructions):
+        raise ValueError(f"{attack.name}: {len(findings.naive)} naive reconstructions for {len(target.views)} views")
+    for item in (*findings.reconstructions, *findings.naive):
         if item.images.shape[1:] != torch.Size(target.image_shape):
             raise ValueError(f"{attack.name}: images of shape {tuple(item.images.shape[1:])}, not {target.image_shape}")
-    return findings
+    return stamped(attack.name, findings)
+
+
+def judge(
+    attack: Attack, target: Target, findings: Findings, victims: list[Victim], stage: Stage, progress: Progress
+) -> dict[str, Any]:
+    """Compare what was concluded with the truth and, where the attack's author knows, with what was possible."""
+    if not findings.reconstructions:
+        return {}
+    if type(attack).limits is not Attack.limits:
+        progress.stage("what was possible", len(target.views))
+    limits = attack.limits(target, [(victim.images, victim.labels) for victim in victims])
+    if limits and len(limits) != len(target.views):
+        raise ValueError(f"{attack.name}: {len(limits)} limits for {len(target.views)} views")
+    return Judge.of(stage.federation, stage.training, victims, target.public).leakage(findings, limits)
 
 
 def public_data(federation: Federation, victims: list[Victim]) -> PublicData:
@@ -159,64 +217,13 @@ def public_data(federation: Federation, victims: list[Victim]) -> PublicData:
     if len(rows) == 0:
         rows, origin = np.flatnonzero(dataset.split == "test"), "test part"
     x, y = dataset.batch(rows)
-    attacked = set(pixel_hash(torch.cat([v.images for v in victims])))
-    fresh = [i for i, digest in enumerate(pixel_hash(x)) if digest not in attacked]
+    seen = set(pixel_hash(torch.cat([v.images for v in victims])))
+    fresh = []
+    for i, digest in enumerate(pixel_hash(x)):  # each image once, and none that is attacked
+        if digest not in seen:
+            fresh.append(i)
+            seen.add(digest)
     return PublicData(f"{dataset.name}, {origin}", x[fresh], y[fresh])
-
-
-def leakage_of(findings: Findings, victims: list[Victim], federation: Federation, public: PublicData) -> dict[str, Any]:
-    """Compare reconstructions with the truth: each observed round on its own; the headline is the worst of them."""
-    if not findings.reconstructions:
-        return {}
-    gallery = gallery_of(federation, victims, public)
-    by_round: dict[int, dict[str, Any]] = {}
-    for number in sorted({v.round for v in victims}):
-        chosen = [i for i, v in enumerate(victims) if v.round == number]
-        by_round[number] = summarise_reconstructions(
-            tuple(findings.reconstructions[i] for i in chosen),
-            [victims[i].images for i in chosen],
-            [victims[i].labels for i in chosen],
-            public_images=public.images,
-            gallery_images=gallery[0],
-            gallery_labels=gallery[1],
-            generator=RoundContext(federation.cell.seed, number, 0).numpy("leakage-bootstrap"),
-        )
-        by_round[number] |= how_recovered([findings.reconstructions[i] for i in chosen])
-    worst = max(by_round, key=lambda r: by_round[r]["psnr"].value)
-    return {**by_round[worst], "round": worst, "by_round": by_round}
-
-
-def how_recovered(items: Sequence[Reconstruction]) -> dict[str, Any]:
-    """What the attack itself says of its reconstructions, without any truth."""
-    own = [item.est_psnr for item in items if item.est_psnr is not None]
-    return {
-        "certified": sum(item.certified for item in items),
-        "methods": dict(Counter(item.method for item in items)),
-        "not_applicable": {method: why for item in items for method, why in item.not_applicable.items()},
-        "attack_notes": sorted({note for item in items for note in item.notes}),
-        "attack_cpu_seconds": round(sum(item.seconds for item in items), 3),
-        **({"est_psnr": statistics.median(own)} if own else {}),
-    }
-
-
-def gallery_of(federation: Federation, victims: list[Victim], public: PublicData) -> tuple[Tensor, Tensor]:
-    """Images that re-identification must tell the victims from: none public, none of a victim's patient."""
-    dataset = federation.dataset
-    taken = np.concatenate([v.rows for v in victims])
-    usable = np.isin(dataset.split, ["train", "test"])
-    for column in ("patient", "lesion"):
-        if column in dataset.meta:
-            usable &= ~np.isin(dataset.meta[column], dataset.meta[column][taken])
-    usable[taken] = False
-    rows = np.flatnonzero(usable)
-    rng = RoundContext(federation.cell.seed, 0, 0).numpy("gallery")
-    labels = np.asarray(dataset.labels)
-    if labels.ndim == 1:  # a sample of each class, so that every victim has enough candidates of its own
-        parts = [rows[labels[rows] == c] for c in np.unique(labels[rows])]
-        rows = np.concatenate([rng.choice(p, min(len(p), GALLERY), replace=False) for p in parts])
-    else:
-        rows = rng.choice(rows, min(len(rows), 4 * GALLERY), replace=False)
-    return dataset.batch(np.sort(rows))
 
 
 def keep_reconstructions(folder: Path, findings: Findings, victims: list[Victim], public: PublicData) -> None:

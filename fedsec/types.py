@@ -123,6 +123,8 @@ class FederationPlan:
     """Training images of each client."""
     client_patients: tuple[int, ...] | None = None
     """Distinct patients of each client, where the data set knows them."""
+    layout: Layout | None = None
+    """Of the updates: which entries belong to which tensor."""
 
     def steps_per_round(self, client: int) -> int:
         """Optimisation steps that this client takes in one round."""
@@ -130,6 +132,23 @@ class FederationPlan:
             return self.recipe.steps
         assert self.recipe.epochs is not None
         return self.recipe.epochs * -(-self.client_sizes[client] // self.recipe.batch_size)
+
+
+@dataclass(frozen=True)
+class Wire:
+    """How an update's vector is written down, where a defense made it shorter than four bytes an entry."""
+
+    values: int
+    """Numbers that travel."""
+    bits: int = 32
+    """Of each of them."""
+    overhead: int = 0
+    """Bytes beside them: positions, scales."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Size on the wire."""
+        return -(-self.values * self.bits // 8) + self.overhead
 
 
 @dataclass(frozen=True)
@@ -145,6 +164,35 @@ class Update:
     """(b,) float32: shared floating-point buffers (BatchNorm statistics) after local training, absolute values."""
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     """Side reports that the strategy declares."""
+    wire: Wire | None = None
+    """How short `delta` is on the wire; None: as float32. Describes this vector, and is void once it is replaced."""
+
+
+@dataclass(frozen=True)
+class Peers:
+    """What the adversary sees of a round when it finishes the updates of the clients that it controls."""
+
+    honest: tuple[Update, ...]
+    """Updates in clear of the honest clients that its knowledge extends to (`Attack.sees`)."""
+    own: tuple[Update, ...]
+    """What its own clients computed, before it changes anything."""
+    clients: int
+    """All that replied in this round."""
+    params: Tensor | None = None
+    """(d,) the model that was broadcast."""
+    aggregator: Any = None
+    """The server's `Aggregator`, where the attack `knows_rule`."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Images on which a backdoor is tried: none of them is of the target class."""
+
+    clean: Tensor
+    """(N, C, H, W) without trigger."""
+    triggered: Tensor
+    """(M, C, H, W) with it."""
+    target: int
 
 
 @dataclass(frozen=True)
@@ -158,6 +206,8 @@ class Payload:
     """Size on the wire."""
     num_samples: int | None = None
     """The claimed number of training images, where it travels in clear."""
+    norm: float | None = None
+    """‖Δ‖ as the server's screening measured it."""
 
 
 @dataclass(frozen=True)
@@ -207,11 +257,17 @@ class VictimPlan:
     images: int
     batch: int
     local_steps: int = 1
+    epochs: int | None = None
+    """Local epochs instead of `local_steps`, each in an order of its own that only the client knows."""
+    batch_size: int | None = None
+    """Images in one local step; None: the whole batch."""
     split: Literal["train", "test"] = "train"
     """Whose images: the clients' own training images, or images no model has seen."""
     mode: Literal["train", "eval"] | None = None
     """Overrides the recipe's mode."""
     oracle_labels: bool = False
+    queries: int = 1
+    """How many models at most a malicious server sends to one victim, one after the other, for the same batch."""
 
 
 @dataclass(frozen=True)
@@ -223,6 +279,7 @@ class Target:
     released: Callable[[], nn.Module]
     """Builds the same with the weights of the trained model, which everyone gets."""
     views: tuple[ServerView, ...]
+    """One a victim: of a malicious server that asked several times, the last."""
     public: PublicData
     image_shape: tuple[int, int, int]
     ctx: RoundContext
@@ -230,6 +287,8 @@ class Target:
     workers: int = 1
     """Processes that the attack may use."""
     progress: Callable[[int, int], None] = lambda done, total: None
+    queries: tuple[tuple[ServerView, ...], ...] = ()
+    """Malicious server: for each victim all its views, in the order of the queries."""
 
 
 @dataclass(frozen=True)
@@ -264,10 +323,10 @@ class Findings:
 
     reconstructions: tuple[Reconstruction, ...] = ()
     """One for each view of the target, in order."""
-    naive: tuple[Reconstruction, ...] = ()
-    """The same by an adversary who does not know of the defense, where both were asked for."""
     assumptions: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    naive: tuple[Reconstruction, ...] = ()
+    """The same by an adversary who does not know of the defense, where both were asked for."""
 
 
 @dataclass(frozen=True)

@@ -121,9 +121,11 @@ def test_every_command_line_is_valid(path: Path, line: str, error: str) -> None:
 
 
 def write_config(source: Path, target: Path) -> None:
-    """The file that a command line of a page refers to: the page's own TOML, or the cells of a finished run."""
+    """The file that a command line of a page refers to: a recipe, the page's own TOML, or a finished run's cells."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    if target.suffix == ".json":
+    if (ROOT / target).is_file():
+        target.write_text((ROOT / target).read_text(encoding="utf-8"))
+    elif target.suffix == ".json":
         target.write_text(json.dumps({"cells": [config.Cell().to_json()]}))
     else:
         target.write_text(blocks(source.read_text(encoding="utf-8"), "toml")[0])
@@ -167,14 +169,16 @@ def finished(page_plugins: None, tmp_path_factory: pytest.TempPathFactory) -> di
 
 @pytest.fixture(scope="module")
 def attacked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """One image of a tiny federation, attacked by gradient inversion."""
+    """One image of a tiny federation, attacked by gradient inversion, without and with noise on the update."""
     import fedsec
 
     return fedsec.run(
-        attack="gradinversion:images=1,rounds=first",
-        data="synthetic-cxr:images=200",
+        attack="gradinversion:images=1,rounds=last,adaptive=both,budget_s=1",
+        defense="gaussian:sigma=0.01",
+        data="synthetic-cxr:images=2100",
         model="lenet",
-        rounds=1,
+        rounds=2,
+        local_steps=2,
         clients=3,
         engine="serial",
         device="cpu",
@@ -216,7 +220,23 @@ def strip(cell: Mapping[str, Any]) -> dict[str, Any]:
 
 OPEN = ("attack", "defense", "client_auc", "auc_by_class", "per_client", "failed_clients", "methods", "not_applicable")
 """Keys below which names are those of plugins, clients, classes and rounds."""
-RARE = {"failed_clients", "notes", "auc_by_class", "quadratic_weighted_kappa", "nonfinite_scores", "others"}
+RARE = {
+    "failed_clients",
+    "notes",
+    "auc_by_class",
+    "quadratic_weighted_kappa",
+    "nonfinite_scores",
+    "others",
+    "est_psnr",
+    "detection_auroc",
+    "detection_tpr",
+    "detection_fpr",
+    "attack_success_rate",
+    "untriggered_rate",
+    "lift",
+    "attack_success_images",
+}
+RARE |= {"label_set_coverage", "label_set_size"}
 """Documented keys that the tiny run has no reason to show."""
 
 

@@ -26,7 +26,7 @@ def analytic(observation: Observation, chain: Chain, labels: Tensor) -> list[Can
     Raises:
         NotApplicable: more than one image, a first layer that is not fully connected, or declared noise.
     """
-    refuse_mixtures(observation)
+    refuse_mixtures(observation, weight=chain.weight)
     if chain.broken_at is not None or chain.layers:
         raise NotApplicable(chain.broken_at or "the first layer is a convolution")
     dw, da = observation.gradients[chain.weight].double(), observation.gradients[chain.bias].double()
@@ -56,17 +56,35 @@ def dense_input(weight_gradient: Tensor, bias_gradient: Tensor, std: Tensor) -> 
     return (precise * weight_gradient).sum(0) / information
 
 
-def refuse_mixtures(observation: Observation, noise: float = 1e-3) -> None:
+def refuse_mixtures(observation: Observation, noise: float = 1e-3, weight: str | None = None) -> None:
     """What every closed-form method for one image needs.
 
+    Args:
+        observation: whose gradient is read.
+        noise: declared noise that is borne, as a share of ‖g‖.
+        weight: of the fully connected layer whose rank, the number of mixtures it holds, the refusal names.
+
     Raises:
-        NotApplicable: more than one image, or declared noise above the share `noise` of ‖g‖.
+        NotApplicable: more than one image, or more noise.
     """
     if observation.batch > 1:
-        raise NotApplicable(f"each row of the gradient is a mixture of {observation.batch} images")
+        reason = f"each row of the gradient is a mixture of {observation.batch} images"
+        if weight is not None:
+            rank, rows = gradient_rank(observation, weight), len(observation.gradients[weight])
+            reason += f"; that of {weight} has rank {rank}"
+            if rank < observation.batch:  # with C classes the rows of a softmax head add up to zero: rank C - 1 at most
+                reason += f" with {rows} rows, too low to tell {observation.batch} images apart"
+        raise NotApplicable(reason)
     if observation.relative_noise > noise:
         share = observation.relative_noise
         raise NotApplicable(f"the defense's noise is {share:.2g} of the gradient; closed forms bear {noise:g}")
+
+
+def gradient_rank(observation: Observation, weight: str) -> int:
+    """Numerical rank of a fully connected layer's weight gradient: how many mixtures of images its rows can hold."""
+    values = torch.linalg.svdvals(observation.gradients[weight].double())
+    noise = 3 * float(observation.stds[weight].double().norm())
+    return int((values > max(1e-6 * float(values[0]), noise)).sum())
 
 
 def stage(run: Attempt) -> None:

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from .candidate import Candidate, Clock, NotApplicable
-from .certificate import assess
+from .certificate import EXACT_DB, assess
 from .chain import Chain, find_chain
+from .deflation import Proof
 from .features import Features, recover_features, usable
 from .labels import Labels
 from .observation import Observation
+from .peel import features_of
 from .selection import select
 from .settings import Settings
 from .trace import Trace, trace
@@ -40,6 +42,10 @@ class Attempt:
     clock: Clock
     candidates: list[Candidate] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    proof: Proof | None = None
+    """Inputs of a fully connected layer that were found image by image."""
+    settled: bool = False
+    """What was not proven has been attacked on its own: no further method adds anything."""
 
     @cached_property
     def recorded(self) -> Trace:
@@ -62,9 +68,9 @@ class Attempt:
 
     @cached_property
     def features(self) -> Features | None:
-        """The exact features of the one image, where the model gives them away."""
+        """The exact features of every image, where the model gives them away."""
         if self.observation.batch > 1:
-            return None
+            return None if self.proof is None else features_of(self.observation, self.proof)
         try:
             chain = self.chain()
             found = recover_features(self.observation, chain.weight, chain.bias)
@@ -89,9 +95,11 @@ class Attempt:
         """Assess and keep candidates."""
         self.candidates += [assess(c, self.observation) for c in found]
 
-    def attempt(self, name: str, method: Callable[[Tensor, Clock], list[Candidate]], share: float = 1.0) -> None:
-        """Run a method for each label guess, or note why it does not apply."""
-        guesses = self.guesses
+    def attempt(
+        self, name: str, method: Callable[[Tensor, Clock], list[Candidate]], share: float = 1.0, *, once: bool = False
+    ) -> None:
+        """Run a method for each label guess (`once`: for the first), or note why it does not apply."""
+        guesses = self.guesses[:1] if once else self.guesses
         clock = self.clock.share(share)
         try:
             for i, labels in enumerate(guesses):
@@ -114,9 +122,11 @@ class Attempt:
     @property
     def solved(self) -> bool:
         """A candidate explains the update so well that weaker methods are not worth their time."""
-        return any(c.residual < SOLVED for c in self.candidates)
+        return any(c.residual < SOLVED or (c.layers_ok and (c.est_psnr or 0) >= EXACT_DB) for c in self.candidates)
 
     @property
     def done(self) -> bool:
         """Every image is proven exact, or the budget is spent."""
-        return self.clock.left <= 0 or any(c.certified == self.observation.batch for c in self.candidates)
+        return (
+            self.settled or self.clock.left <= 0 or any(c.certified == self.observation.batch for c in self.candidates)
+        )

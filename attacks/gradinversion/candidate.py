@@ -33,6 +33,11 @@ class Candidate:
     """Images whose exactness is proven without the truth."""
     est_psnr: float | None = None
     """The method's own estimate of its PSNR in dB."""
+    image_psnr: tuple[float, ...] | None = None
+    """(B,) the same of each image, from a proof of its own; 0: no telling, -inf: not found.
+
+    None: the method proves all or nothing.
+    """
     layers_ok: bool = False
     """The method's own test of every intermediate result passed."""
     iterations: int = 0

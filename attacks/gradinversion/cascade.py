@@ -103,7 +103,7 @@ def cascade(observation: Observation, chain: Chain, labels: Tensor) -> list[Cand
     Raises:
         NotApplicable: more than one image, declared noise, or an operation that cannot be undone (named).
     """
-    refuse_mixtures(observation)
+    refuse_mixtures(observation, weight=chain.weight)
     if chain.broken_at is not None:
         raise NotApplicable(chain.broken_at)
     if not chain.layers:

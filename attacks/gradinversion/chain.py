@@ -138,12 +138,12 @@ def _layers(recorded: Trace, first: int, stop: int, observed: frozenset[str]) ->
         gain: Tensor | float = 1.0
         shift: Tensor | float = 0.0
         if calls and calls[0].name == "batch_norm":
-            gain, shift = _batch_norm(calls.pop(0), where)
+            gain, shift = batch_norm_map(calls.pop(0), where)
         activation = inverse_of(calls[0]) if calls else None
         if activation is None:
             raise NotApplicable(f"{where}: {_why_not(calls[0]) if calls else 'no activation follows it'}")
         name = calls.pop(0).name
-        geometry = _geometry(conv, where)
+        geometry = geometry_of(conv, where)
         layers.append(ConvLayer(weight, bias if bias in observed else None, geometry, activation, name, gain, shift))
     return layers
 
@@ -160,7 +160,8 @@ def _numel(output: Tensor | tuple[Tensor, ...]) -> int:
     return (output if isinstance(output, Tensor) else output[0])[0].numel()
 
 
-def _geometry(call: Call, where: str) -> Geometry:
+def geometry_of(call: Call, where: str) -> Geometry:
+    """The shapes of a recorded convolution; `where` names it if they cannot be handled."""
     source, weight = call.source, call.args[1]
     assert source is not None
     padding = call.argument(4, "padding", 0)
@@ -178,7 +179,8 @@ def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
     return (value[0], value[0]) if len(value) == 1 else (value[0], value[1])
 
 
-def _batch_norm(call: Call, where: str) -> tuple[Tensor, Tensor]:
+def batch_norm_map(call: Call, where: str) -> tuple[Tensor, Tensor]:
+    """Gain and shift (O, 1) of a recorded BatchNorm in evaluation mode; `where` names it if it is in train mode."""
     if call.argument(5, "training", False):
         raise NotApplicable(f"{where}: BatchNorm in train mode makes δ depend on unknown moments")
     mean, var = call.argument(1, "running_mean").double(), call.argument(2, "running_var").double()

@@ -105,7 +105,7 @@ def stage(run: Attempt) -> None:
         return
     if run.auto and run.solved:
         return
-    joint = run.labels.source == "guessed" and observation.simulation.task != "multilabel"
+    joint = run.labels.source in ("guessed", "joint") and observation.simulation.task != "multilabel"
     start = run.best_start() if run.auto and observation.batch > 1 else None
     seeds = 1 if start is not None else 2
 

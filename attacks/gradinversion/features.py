@@ -19,12 +19,12 @@ from .observation import Observation
 
 @dataclass(frozen=True)
 class Features:
-    """Known features of the one image behind an observation."""
+    """Known features of the images behind an observation."""
 
     value: Tensor
-    """ĥ (F,)."""
+    """ĥ (F,), or (B, F) for a batch in order."""
     std: Tensor
-    """(F,) error of ĥ from the noise and rounding on the gradient."""
+    """Like ĥ: error of ĥ from the noise and rounding on the gradient."""
     function: Callable[[Tensor], Tensor]
     """Images (B, C, H, W) -> their features (B, F), differentiable."""
 
@@ -43,18 +43,29 @@ def recover_features(observation: Observation, weight: str, bias: str) -> Featur
     return Features(value.to(dw), error.to(dw), feature_function(observation.simulation.model, weight))
 
 
+class _ReachedError(Exception):
+    """Leaves the forward pass: what lies behind has no influence."""
+
+    def __init__(self, features: Tensor) -> None:
+        self.features = features
+
+
 def feature_function(model: nn.Module, weight: str) -> Callable[[Tensor], Tensor]:
     """The map from images to the input of the module that owns the parameter `weight`."""
     owner = model.get_submodule(weight.rpartition(".")[0])
 
+    def stop(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        raise _ReachedError(args[0])
+
     def function(images: Tensor) -> Tensor:
-        seen: list[Tensor] = []
-        handle = owner.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        handle = owner.register_forward_pre_hook(stop)
         try:
             model(images)
+        except _ReachedError as reached:
+            return reached.features.flatten(1)
         finally:
             handle.remove()
-        return seen[0].flatten(1)
+        raise RuntimeError(f"the model never reaches {weight}")
 
     return function
 
@@ -62,7 +73,7 @@ def feature_function(model: nn.Module, weight: str) -> Callable[[Tensor], Tensor
 def feature_distance(features: Features, images: Tensor) -> Tensor:
     """‖h(x) − ĥ‖²/‖ĥ‖²."""
     value = features.value
-    return ((features.function(images) - value) ** 2).sum() / (value @ value).clamp(min=1e-30)
+    return ((features.function(images) - value) ** 2).sum() / (value * value).sum().clamp(min=1e-30)
 
 
 def usable(features: Features) -> bool:

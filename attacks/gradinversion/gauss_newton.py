@@ -18,6 +18,9 @@ from torch.func import jvp, vmap
 from .candidate import Clock
 from .prior import Prior
 
+DAMPING = 1e-6
+"""At the start, relative to the diagonal: 1e-2 holds directions back that few entries decide, as behind a mask."""
+TRIES = 14
 CHUNK = 98
 """Columns of the Jacobian that are computed at once, where memory allows."""
 AT_ONCE = 12_500_000
@@ -66,25 +69,49 @@ class Solution:
     """False: the iteration limit or the budget ended it."""
 
 
-def jacobian(problem: Problem, prior: Prior, coordinates: Tensor) -> Tensor:
-    """∂f/∂z (M, B·K) at x = μ + V·z, z (B, K), column by column with forward-mode products."""
-    batch, rank = coordinates.shape
-    images = prior.synthesise(coordinates)
-    directions = prior.basis[:, :rank].T.view(rank, *prior.mean.shape)
+def derivatives(function: Callable[[Tensor], Tensor], images: Tensor, which: Tensor, directions: Tensor) -> Tensor:
+    """Slopes of a function of B images (B, C, H, W) -> (M,), one row for each of N directions: (N, M).
 
-    def column(image: Tensor, direction: Tensor) -> Tensor:
-        where = nn.functional.one_hot(image, batch).to(direction)
+    Row n moves image number `which[n]` along `directions[n]` (C, H, W); forward-mode products, some at once.
+    """
+    images = images.clone()  # forward mode copies the whole storage behind a view
+
+    def row(image: Tensor, direction: Tensor) -> Tensor:
+        where = nn.functional.one_hot(image, len(images)).to(direction)
         tangent = where.view(-1, 1, 1, 1) * direction
-        slope: Tensor = jvp(problem.function, (images,), (tangent,))[1]
+        slope: Tensor = jvp(function, (images,), (tangent,))[1]
         return slope
 
-    chunk = max(1, min(CHUNK // batch, AT_ONCE // max(1, len(problem.target))))
-    which = torch.arange(batch, device=images.device).repeat_interleave(rank)
-    pairs = zip(which.split(chunk), directions.repeat(batch, 1, 1, 1).split(chunk), strict=True)
+    chunk = max(1, min(CHUNK // len(images), AT_ONCE // max(1, len(function(images)))))
+    pairs = zip(which.split(chunk), directions.split(chunk), strict=True)
     with warnings.catch_warnings():
         # Forward mode scripts its own decompositions on first use, and warns of it.
         warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
-        return torch.cat([vmap(column)(i, d) for i, d in pairs]).T.double()
+        return torch.cat([vmap(row)(i, d) for i, d in pairs])
+
+
+def jacobian(problem: Problem, prior: Prior, coordinates: Tensor) -> Tensor:
+    """∂f/∂z (M, B·K) at x = μ + V·z, z (B, K)."""
+    batch, rank = coordinates.shape
+    images = prior.synthesise(coordinates)
+    directions = prior.basis[:, :rank].T.reshape(rank, *prior.mean.shape)
+    which = torch.arange(batch, device=images.device).repeat_interleave(rank)
+    return derivatives(problem.function, images, which, directions.repeat(batch, 1, 1, 1)).T.double()
+
+
+def posterior_variance(information: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """What measurements leave of a Gaussian prior with independent coordinates.
+
+    Args:
+        information: Λ^½JᵀWJΛ^½ (K, K).
+        scale: Λ (K,), the prior variances.
+
+    Returns:
+        eigenvalues of the information (K,), not negative; posterior variance of each coordinate (K,).
+    """
+    values, vectors = torch.linalg.eigh(information)
+    values = values.clamp(min=0)
+    return values, scale * (vectors**2 @ (1 / (1 + values)))
 
 
 def minimise(
@@ -120,13 +147,13 @@ def minimise(
 
     residual = residual_at(z)
     weights = problem.weights(residual, extra)
-    current, damping, iterations, converged = value(residual, weights, z), 1e-2, 0, False
+    current, damping, iterations, converged = value(residual, weights, z), DAMPING, 0, False
     while iterations < max_iter and clock.left > 0 and not converged:
         slopes = jacobian(problem, prior, z.to(start.dtype).view(shape))
         weighted = slopes * weights[:, None]
         matrix = slopes.T @ weighted + precision.diag()
         gradient = weighted.T @ residual + precision * z
-        for _ in range(10):
+        for _ in range(TRIES):
             factor, info = torch.linalg.cholesky_ex(matrix + damping * matrix.diagonal().diag())
             if int(info) == 0:
                 trial = z - torch.cholesky_solve(gradient[:, None], factor)[:, 0]

@@ -18,7 +18,7 @@ from .candidate import Candidate, Clock
 from .features import Features, feature_distance
 from .objectives import cosine_distance, total_variation
 from .observation import Observation
-from .starts import check_distinct, noise_start, prior_start
+from .starts import check_distinct, equal_pair, noise_start, prior_start
 
 if TYPE_CHECKING:
     from .attempt import Attempt
@@ -167,7 +167,7 @@ def stage(run: Attempt) -> None:
     if run.auto:
         terms = replace(terms, prior=PRIOR_WEIGHT, features=run.features)
         start = run.best_start()
-        if start is None:
+        if start is None or equal_pair(start, observation.prior.spread):
             start = prior_start(observation, run.generator)
         else:  # a good start: more of the same adds little
             restarts, iterations = 1, min(iterations, IMPROVING_STEPS)

@@ -5,7 +5,7 @@ See `fedsec.defense.Defense.public_knowledge`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -29,6 +29,16 @@ class Known:
     unknown_noise: bool = False
     noise: Literal["gaussian", "laplace"] = "gaussian"
     mask: Tensor | None = None
+    sparse: bool = False
+    """Entries that are exactly zero were not sent."""
+    quantisation_step: Tensor | float | None = None
+    """In units of the update, where it does not follow the data."""
+    quantisation_levels: int | None = None
+    quantisation_scope: str = "tensor"
+    stochastic_rounding: bool = False
+    pruned_layers: tuple[str, ...] = ()
+    stochastic: tuple[str, ...] = ()
+    """Modules that draw at random."""
     used: tuple[str, ...] = ()
 
 
@@ -59,6 +69,39 @@ def read(knowledge: Mapping[str, Mapping[str, Any]]) -> Known:
         if known.get("mask") is not None:
             mask = known["mask"] if mask is None else mask & known["mask"]
             used.append(f"{name}: mask")
+        used += _words(name, known)
     kind: Literal["gaussian", "laplace"] = "laplace" if noise == "laplace" else "gaussian"
-    std = step_variance**0.5, update_variance**0.5
-    return Known(clips.get("sample"), clips.get("update"), divisor, *std, unknown, kind, mask, tuple(used))
+    return Known(
+        sample_clip=clips.get("sample"),
+        update_clip=clips.get("update"),
+        divisor=divisor,
+        step_std=step_variance**0.5,
+        update_std=update_variance**0.5,
+        unknown_noise=unknown,
+        noise=kind,
+        mask=mask,
+        used=tuple(used),
+        **_shape_of_upload(knowledge.values()),
+    )
+
+
+def _shape_of_upload(knowledge: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """What is left out, rounded, pruned or drawn; of two roundings the last one counts."""
+    found: dict[str, Any] = {"sparse": False, "pruned_layers": (), "stochastic": ()}
+    for known in knowledge:
+        found["sparse"] |= bool(known.get("sparse"))
+        found["pruned_layers"] += (known["pruned_layer"],) if known.get("pruned_layer") else ()
+        found["stochastic"] += tuple(known.get("stochastic", ()))
+        for key in ("quantisation_step", "quantisation_levels", "quantisation_scope", "stochastic_rounding"):
+            if known.get(key) is not None:
+                found[key] = known[key]
+    return found
+
+
+def _words(name: str, known: Mapping[str, Any]) -> list[str]:
+    words = [f"{name}: {key}={known[key]}" for key in ("pruned_layer", "quantisation_levels") if known.get(key)]
+    if known.get("quantisation_step") is not None:
+        words.append(f"{name}: quantisation_step")
+    if known.get("sparse"):
+        words.append(f"{name}: sparse")
+    return words + [f"{name}: {module} draws at random" for module in known.get("stochastic", ())]

@@ -6,15 +6,20 @@ of mean Σ_c n_c·m_c and covariance Σ_c n_c·C_c, and a multinomial prior. All
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 COVERAGE = 0.95
+MOST = 3000
+"""Count vectors that a search looks at."""
+NEGLIGIBLE = 9.0
+"""Log odds below the best vector from which neighbours are not opened."""
 
 
 @dataclass(frozen=True)
@@ -23,20 +28,31 @@ class Moments:
 
     mean: Tensor
     covariance: Tensor
+    spread: float = 0.0
+    """Variance of an image's share in the total about its mean of 1, over the orders of a local training."""
 
 
 def log_posterior(counts: list[int], total: Tensor, moments: Moments, noise: float, rates: Tensor) -> float:
     """Gaussian likelihood of Σ_i (p_i − e_{y_i}) = `total` (C−1,) with a multinomial prior on the counts."""
     n = torch.tensor(counts, dtype=torch.float64, device=total.device)
     mean = n @ moments.mean
-    covariance = torch.einsum("c,cij->ij", n, moments.covariance)
+    covariance = (1 + moments.spread) * torch.einsum("c,cij->ij", n, moments.covariance)
+    if moments.spread and n.sum() > 1:  # shares are dealt out at random, and sum to the number of images
+        between = moments.mean.T @ (n[:, None] * moments.mean) - torch.outer(mean, mean) / n.sum()
+        covariance = covariance + moments.spread * n.sum() / (n.sum() - 1) * between
     covariance = covariance + (noise**2 + 1e-8 + 1e-6 * float(covariance.diagonal().mean())) * torch.eye(
         len(total), dtype=torch.float64, device=total.device
     )
     factor = torch.linalg.cholesky(covariance)
     white = torch.linalg.solve_triangular(factor, (total - mean)[:, None], upper=False)
-    prior = (n * (rates / rates.sum()).log()).sum() - torch.lgamma(n + 1).sum()
-    return float(-0.5 * (white**2).sum() - factor.diagonal().log().sum() + prior)
+    likelihood = float(-0.5 * (white**2).sum() - factor.diagonal().log().sum())
+    return likelihood + log_prior(counts, rates)
+
+
+def log_prior(counts: list[int], rates: Tensor) -> float:
+    """Multinomial, up to a constant."""
+    n = torch.tensor(counts, dtype=torch.float64, device=rates.device)
+    return float((n * (rates / rates.sum()).log()).sum() - torch.lgamma(n + 1).sum())
 
 
 def credible_counts(
@@ -44,7 +60,8 @@ def credible_counts(
 ) -> list[tuple[float, list[int]]]:
     """(probability, counts) by falling probability until 95 % are covered.
 
-    Two classes: all B + 1 counts. More: every vector that a climb from the rounded means visits.
+    Two classes: all B + 1 counts. More: the vectors around the best one that a search meets, best first, until those
+    left over are too improbable to matter or `MOST` have been seen.
     """
     classes = len(rates)
 
@@ -52,21 +69,18 @@ def credible_counts(
         return log_posterior(list(counts), total, moments, noise, rates)
 
     if classes == 2 or batch == 1:
-        visited = {c: score(c) for c in _all_counts(classes, batch)}
+        visited = {c: score(c) for c in all_counts(classes, batch)}
     else:
         full = torch.cat([total, -total.sum()[None]])
-        start = tuple(largest_remainder(_expected(moments, batch, rates) - full, batch))
-        visited = {start: score(start)}
-        current = start
-        while True:
-            around = {c: score(c) for c in _neighbours(current) if c not in visited}
-            visited |= around
-            best = max(visited, key=lambda c: visited[c])
-            if best == current:
-                break
-            current = best
-    top = max(visited.values())
-    mass = {c: math.exp(s - top) for c, s in visited.items()}
+        start = tuple(largest_remainder(expected_sum(moments, batch, rates) - full, batch))
+        visited = _search(start, score)
+    return credible(visited)
+
+
+def credible(scores: Mapping[tuple[int, ...], float]) -> list[tuple[float, list[int]]]:
+    """Log posteriors, up to a constant, of count vectors -> (probability, counts) until 95 % are covered."""
+    top = max(scores.values())
+    mass = {c: math.exp(s - top) for c, s in scores.items()}
     norm = sum(mass.values())
     chosen: list[tuple[float, list[int]]] = []
     for counts in sorted(mass, key=lambda c: -mass[c]):
@@ -76,7 +90,23 @@ def credible_counts(
     return chosen
 
 
-def _expected(moments: Moments, batch: int, rates: Tensor) -> Tensor:
+def _search(start: tuple[int, ...], score: Callable[[tuple[int, ...]], float]) -> dict[tuple[int, ...], float]:
+    """Scores of the vectors around the maximum: always the best one met so far is opened next."""
+    visited = {start: score(start)}
+    best, queue = visited[start], [(-visited[start], start)]
+    while queue and len(visited) < MOST:
+        value, current = heapq.heappop(queue)
+        if -value < best - NEGLIGIBLE:
+            break
+        for counts in _neighbours(current):
+            if counts not in visited:
+                visited[counts] = score(counts)
+                best = max(best, visited[counts])
+                heapq.heappush(queue, (-visited[counts], counts))
+    return visited
+
+
+def expected_sum(moments: Moments, batch: int, rates: Tensor) -> Tensor:
     """Σ_i p_ic, as expected of a batch with the public class mix; (C,)."""
     classes = len(rates)
     share = rates / rates.sum()
@@ -85,7 +115,8 @@ def _expected(moments: Moments, batch: int, rates: Tensor) -> Tensor:
     return batch * torch.cat([inner, (1 - inner.sum())[None]])
 
 
-def _all_counts(classes: int, batch: int) -> Iterator[tuple[int, ...]]:
+def all_counts(classes: int, batch: int) -> Iterator[tuple[int, ...]]:
+    """Every count vector of two classes, or of one image."""
     if classes == 2:
         yield from ((k, batch - k) for k in range(batch + 1))
     else:

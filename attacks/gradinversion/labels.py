@@ -7,7 +7,7 @@ public images; on trained models that point estimate is not reliable, so a 95 % 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -15,15 +15,27 @@ import torch
 from torch import Tensor
 
 from .features import feature_function
-from .label_counts import COVERAGE, Moments, credible_counts, expand, largest_remainder
+from .label_counts import (
+    COVERAGE,
+    Moments,
+    all_counts,
+    credible,
+    credible_counts,
+    expand,
+    expected_sum,
+    largest_remainder,
+    log_prior,
+)
+from .label_evidence import PUBLIC_IMAGES, Evidence, bias_evidence, class_moments, label_moments, weight_evidence
+from .label_rehearsal import log_likelihoods, rehearsals
 from .observation import Observation
 from .trace import trace
 
-Source = Literal["oracle", "recovered", "set", "guessed"]
+Source = Literal["oracle", "recovered", "set", "guessed", "joint"]
 MAX_GUESSES = 3
 """Label vectors that are tried at most."""
-PUBLIC_IMAGES = 256
-"""Public images that the moments are taken from."""
+HIDDEN = 1e6
+"""Noise on the bias gradient that leaves nothing of it."""
 CLEAR = 1e-3
 """Noise on the bias gradient, relative to it, below which signs are taken at face value."""
 
@@ -60,21 +72,26 @@ def find_head(observation: Observation) -> Head:
 
 
 @torch.no_grad()
-def recover_labels(observation: Observation) -> Labels:
-    """Recover the labels of one observation; oracle labels are passed on, and say so."""
+def recover_labels(observation: Observation, generator: torch.Generator | None = None) -> Labels:
+    """Recover the labels of one observation; oracle labels are passed on, and say so.
+
+    Args:
+        observation: g, and what may be used to explain it.
+        generator: draws the rehearsals of a local training of several steps; seeded 0 where not given.
+    """
     if observation.labels is not None:
         return Labels((observation.labels,), "oracle", "told in advance")
+    observation, generator = observation.as_sent, generator or torch.Generator().manual_seed(0)
     head = find_head(observation)
     if head.bias is not None:
+        evidence = bias_evidence(observation, head.bias)
         if observation.simulation.task == "multilabel":
-            return _multilabel(observation, head.bias)
-        da = observation.gradients[head.bias]
-        noise = float(observation.stds[head.bias].max())
-        if observation.batch == 1 and noise <= CLEAR * float(da.abs().max()):
-            return Labels((da.argmin()[None],), "recovered", "the negative entry of the bias gradient")
-        return _posterior(observation, head.bias)
+            return _multilabel(observation, evidence)
+        if observation.batch == 1 and evidence.noise <= CLEAR * float(evidence.total.abs().max()):
+            return Labels((evidence.total.argmin()[None],), "recovered", "the negative entry of the bias gradient")
+        return _posterior(observation, evidence, head.bias, generator)
     if head.weight is not None and observation.simulation.task != "multilabel":
-        return _from_weights(observation, head.weight)
+        return _from_weights(observation, head.weight, generator)
     return guess_labels(observation)
 
 
@@ -83,105 +100,97 @@ def class_rates(observation: Observation, classes: int) -> Tensor:
     return torch.bincount(observation.prior.labels.long(), minlength=classes).double() + 1
 
 
-def contributions(observation: Observation, bias: str) -> Callable[[Tensor, Tensor], Tensor]:
-    """Images and labels -> each image's part (N, C) in B times the head's bias gradient, clipping included."""
-    simulation = observation.simulation
-    clip = simulation.sample_clip or (simulation.update_clip if observation.batch == 1 else None)
-    if clip is None:
-        factor = _shrinkage(observation)
+def mean_counts(observation: Observation, evidence: Evidence) -> list[int]:
+    """The counts as public images with the public class mix have them on average: a point, and no more than that.
 
-        def forward(x: Tensor, y: Tensor) -> Tensor:
-            p = simulation.logits(x).softmax(1)
-            return factor * (p - torch.nn.functional.one_hot(y, p.shape[1]))
-
-        return forward
-    one = replace(simulation, batch=1, steps=1, sample_clip=clip, update_clip=None, divisor=None, clients=1)
-    position = simulation.names.index(bias)
-
-    def clipped(x: Tensor, y: Tensor) -> Tensor:
-        each = torch.func.vmap(lambda a, b: one.parts(a[None], b[None])[position], chunk_size=8)
-        out: Tensor = each(x[:32], y[:32])
-        return out
-
-    return clipped
+    n = Σ_i p_i − Σ_i (p_i − e_i), the first from public images; negative entries become 0, rounded to a sum of B.
+    """
+    moments, rates = class_moments(observation, evidence), class_rates(observation, len(evidence.total))
+    full = torch.cat([evidence.total[:-1], -evidence.total[:-1].sum()[None]])
+    return largest_remainder(expected_sum(moments, observation.batch, rates.to(full)) - full, observation.batch)
 
 
-def _shrinkage(observation: Observation) -> float:
-    """Factor by which clipping of the whole update shrinks it, judged on a public batch of the same size."""
-    simulation, prior = observation.simulation, observation.prior
-    if simulation.update_clip is None:
-        return 1.0
-    whole = replace(simulation, update_clip=None)
-    size = min(observation.batch, len(prior.images))
-    norm = float(whole.flat(prior.images[:size], prior.labels[:size]).norm(simulation.update_clip.order))
-    return min(1.0, simulation.update_clip.norm / max(norm, 1e-300))
+def credible_set(
+    observation: Observation, evidence: Evidence, bias: str | None, generator: torch.Generator
+) -> list[tuple[float, list[int]]]:
+    """(probability, class counts) that hold 95 % of the posterior, best first; several steps are rehearsed."""
+    rates = class_rates(observation, len(evidence.total)).to(evidence.total)
+    moments = class_moments(observation, evidence)
+    chosen = credible_counts(evidence.total[:-1], observation.batch, moments, evidence.noise, rates)
+    if bias is not None and observation.simulation.steps > 1 and observation.simulation.clients == 1:
+        return _rehearsed(observation, bias, chosen, rates, generator) or chosen
+    return chosen
 
 
-def class_moments(observation: Observation, bias: str) -> Moments:
-    """Moments over public images of the class, or over all public images where the class has none."""
-    prior = observation.prior
-    images, labels = prior.images[:PUBLIC_IMAGES], prior.labels[:PUBLIC_IMAGES].long()
-    part = contributions(observation, bias)
-    means, covariances = [], []
-    for c in range(len(observation.gradients[bias])):
-        own = images[labels == c] if int((labels == c).sum()) >= 2 else images
-        d = part(own, torch.full((len(own),), c, device=own.device)).double()[:, :-1]
-        means.append(d.mean(0))
-        centred = d - d.mean(0)
-        covariances.append(centred.T @ centred / max(1, len(d) - 1))
-    return Moments(torch.stack(means), torch.stack(covariances))
-
-
-def _total(observation: Observation, bias: str) -> tuple[Tensor, float]:
-    """Σ_i of the images' contributions, and the standard deviation of the noise on it."""
-    scale = observation.batch if observation.simulation.divisor is None else observation.simulation.clients
-    noise = float(observation.stds[bias].max())
-    return scale * observation.gradients[bias].double(), scale * noise
-
-
-def _posterior(observation: Observation, bias: str) -> Labels:
-    total, noise = _total(observation, bias)
-    moments = class_moments(observation, bias)
-    rates = class_rates(observation, len(total)).to(total)
-    chosen = credible_counts(total[:-1], observation.batch, moments, noise, rates)
-    guesses = tuple(expand(counts, total.device) for _, counts in chosen[:MAX_GUESSES])
+def _posterior(observation: Observation, evidence: Evidence, bias: str | None, generator: torch.Generator) -> Labels:
+    chosen = credible_set(observation, evidence, bias, generator)
+    guesses = tuple(expand(counts, evidence.total.device) for _, counts in chosen[:MAX_GUESSES])
     detail = f"{len(chosen)} count vectors hold {COVERAGE:.0%} of the posterior; the first {chosen[0][0]:.0%}"
     return Labels(guesses, "recovered" if len(chosen) == 1 else "set", detail)
 
 
-def _multilabel(observation: Observation, bias: str) -> Labels:
-    """Label c of one image is set where da_c < 0; for a batch, n_c = Σ_i σ(u_ic) − B·L·da_c."""
-    total, _ = _total(observation, bias)
-    labels = len(total)
-    if observation.batch == 1:
+def _rehearsed(
+    observation: Observation,
+    bias: str,
+    chosen: list[tuple[float, list[int]]],
+    rates: Tensor,
+    generator: torch.Generator,
+) -> list[tuple[float, list[int]]] | None:
+    """The set by rehearsing the local training: for two classes of all counts; else of those that were chosen."""
+    binary = len(rates) == 2
+    vectors = [list(c) for c in all_counts(2, observation.batch)] if binary else [counts for _, counts in chosen]
+    count = rehearsals(observation, len(vectors))
+    if not count:
+        return None
+    found = log_likelihoods(observation, bias, vectors, count, generator)
+    scores = {tuple(v): value + log_prior(v, rates) for v, value in zip(vectors, found, strict=True)}
+    return credible(scores) if max(scores.values()) > -math.inf else None
+
+
+def _multilabel(observation: Observation, evidence: Evidence) -> Labels:
+    """Label c of one image is set where da_c < 0; of a batch, the count of each label has a posterior of its own."""
+    total, batch = evidence.total, observation.batch
+    if batch == 1:
         return Labels(((total < 0).float()[None],), "recovered", "the negative entries of the bias gradient")
-    p = observation.simulation.logits(observation.prior.images[:PUBLIC_IMAGES]).sigmoid().double().mean(0)
-    counts = (observation.batch * p - labels * total).round().clamp(0, observation.batch)
-    rows = torch.arange(observation.batch, device=total.device)[:, None]
-    guess = (rows < counts).float()
-    return Labels((guess,), "guessed", "counts of each label; which image carries which is unknown")
+    shares = observation.prior.labels.nan_to_num()
+    sets = []
+    for c, moments in enumerate(label_moments(observation, evidence)):
+        with_it = float(shares[:, c].sum())
+        rates = torch.tensor([len(shares) - with_it + 1, with_it + 1], dtype=torch.float64, device=total.device)
+        chosen = credible_counts(total[c : c + 1], batch, moments, evidence.noise, rates)
+        sets.append([(probability, counts[1]) for probability, counts in chosen])
+    rows = torch.arange(batch, device=total.device)[:, None]
+    tried = [torch.tensor(counts, device=total.device) for counts in _most_probable(sets, MAX_GUESSES)]
+    guesses = tuple((rows < counts).float() for counts in tried)
+    size = math.prod(len(s) for s in sets)
+    detail = f"{size} vectors of label counts are plausible; which image carries which label is unknown"
+    return Labels(guesses, "set", detail)
 
 
-def _from_weights(observation: Observation, weight: str) -> Labels:
-    """A head without bias. Rows of dW are (1/B)·Σ_i (p_ic − [y_i = c])·h_i.
+def _most_probable(sets: list[list[tuple[float, int]]], limit: int) -> list[list[int]]:
+    """The most probable combinations of independent choices, best first."""
+    combined: list[tuple[float, list[int]]] = [(1.0, [])]
+    for options in sets:
+        grown = [(p * q, [*picked, n]) for p, picked in combined for q, n in options]
+        combined = sorted(grown, key=lambda entry: -entry[0])[:limit]
+    return [picked for _, picked in combined]
 
-    With h ≥ 0 the row sums take the place of the bias gradient (the family of Wainakh et al. 2021).
-    """
+
+def _from_weights(observation: Observation, weight: str, generator: torch.Generator) -> Labels:
+    """A head without bias: rows of dW are (1/B)·Σ_i (p_ic − [y_i = c])·h_i."""
     dw = observation.gradients[weight]
+    if observation.batch > 1:
+        found = _posterior(observation, weight_evidence(observation, weight), None, generator)
+        return replace(found, detail=f"row sums of the head's weight gradient: {found.detail}")
     hidden = feature_function(observation.simulation.model, weight)(observation.prior.images[:PUBLIC_IMAGES])
-    if observation.batch == 1:
-        if bool((hidden >= 0).all()):
-            return Labels((dw.sum(1).argmin()[None],), "recovered", "the negative row of the head's weight gradient")
-        if len(dw) == 2:
-            both = tuple(torch.tensor([c], device=dw.device) for c in (0, 1))
-            return Labels(both, "set", "two classes, no bias and features of both signs: ambiguous")
-        products = dw @ dw.T
-        products.fill_diagonal_(0)
-        return Labels((products.sum(1).argmin()[None],), "recovered", "the row opposed to all others")
-    p = observation.simulation.logits(observation.prior.images[:PUBLIC_IMAGES]).softmax(1).mean(0)
-    scale = observation.batch if observation.simulation.divisor is None else observation.simulation.clients
-    counts = largest_remainder(observation.batch * p - scale * dw.sum(1) / hidden.sum(1).mean(), observation.batch)
-    return Labels((expand(counts, dw.device),), "guessed", "row sums of the head's weight gradient")
+    if bool((hidden >= 0).all()):
+        return Labels((dw.sum(1).argmin()[None],), "recovered", "the negative row of the head's weight gradient")
+    if len(dw) == 2:
+        both = tuple(torch.tensor([c], device=dw.device) for c in (0, 1))
+        return Labels(both, "set", "two classes, no bias and features of both signs: ambiguous")
+    products = dw @ dw.T
+    products.fill_diagonal_(0)
+    return Labels((products.sum(1).argmin()[None],), "recovered", "the row opposed to all others")
 
 
 def guess_labels(observation: Observation) -> Labels:
@@ -191,8 +200,10 @@ def guess_labels(observation: Observation) -> Labels:
         common = (prior.labels.nan_to_num().mean(0) > 0.5).float()
         return Labels((common.expand(batch, -1).clone(),), "guessed", "the head's gradient is hidden: common labels")
     rates = class_rates(observation, observation.simulation.logits(prior.mean[None]).shape[1])
-    if batch == 1:
-        order = rates.argsort(descending=True)[:MAX_GUESSES]
-        return Labels(tuple(c[None] for c in order), "guessed", "the head's gradient is hidden: public class rates")
-    counts = largest_remainder(batch * rates / rates.sum(), batch)
-    return Labels((expand(counts, prior.mean.device),), "guessed", "the head's gradient is hidden: public class rates")
+    # Without a likelihood the posterior of the counts is their prior.
+    c = len(rates)
+    flat = Moments(rates.new_zeros(c, c - 1), rates.new_zeros(c, c - 1, c - 1))
+    chosen = credible_counts(rates.new_zeros(c - 1), batch, flat, HIDDEN, rates)
+    guesses = tuple(expand(counts, prior.mean.device) for _, counts in chosen[:MAX_GUESSES])
+    detail = f"the head's gradient is hidden: {len(chosen)} count vectors by public class rates"
+    return Labels(guesses, "guessed", detail)

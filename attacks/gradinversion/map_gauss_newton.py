@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from .candidate import Candidate, Clock, NotApplicable
-from .features import Features
-from .gauss_newton import Problem, Solution, jacobian, minimise
+from .gauss_newton import Problem, Solution, jacobian, minimise, posterior_variance
 from .observation import Observation
 from .prior import Prior, widen
 
@@ -31,8 +30,8 @@ LADDER = ((64, 0.3), (160, 0.1))
 """(components, widening) of the first stages; the widening is a share of ‖g‖."""
 ANNEALING = (0.1, 0.03, 0.01, 3e-3, 1e-3)
 """Widenings of the stages at full rank."""
-FEATURE_LADDER = ((64, 0.3, 6), (160, 0.1, 6))
-"""(components, widening, steps) of the feature inversion."""
+FINE_ANNEALING = (*ANNEALING, 3e-4, 1e-4, 3e-5)
+"""The same where entries are missing."""
 SIGNIFICANT = 3.0
 """Standard deviations by which an explanation must beat chance."""
 COARSE_RANK = 160
@@ -75,10 +74,10 @@ def rank_limit(observation: Observation, rows: int) -> int:
     return min(observation.prior.rank, MAX_JACOBIAN // max(1, rows))
 
 
-def schedule(full: int, noise: float) -> list[_Stage]:
+def schedule(full: int, noise: float, annealing: tuple[float, ...] = ANNEALING) -> list[_Stage]:
     """Stages for a relative noise: widenings below the noise are left out, since the noise itself is that wide."""
     stages = [_Stage(min(k, full), w, 4, 0.03) for k, w in LADDER if w > noise]
-    stages += [_Stage(full, w, 4, 0.03) for w in ANNEALING if noise < w < LADDER[-1][1]]
+    stages += [_Stage(full, w, 4, 0.03) for w in annealing if noise < w < LADDER[-1][1]]
     return [*stages, _Stage(full, 0.0, 15, 1e-4)]
 
 
@@ -97,22 +96,18 @@ def map_gauss_newton(
     """
     if observation.batch > 1:
         raise NotApplicable(f"explicit Gauss–Newton is for one image, not {observation.batch}")
-    rows = observation.simulation.size
+    rows = int(observation.weights.sum())
     full = min(rank_limit(observation, rows), limit or observation.prior.rank)
     if full < min(LEAST_RANK, observation.prior.mean.numel()):
         raise NotApplicable(
             f"{full} components are too few ({rows:,} gradient entries, {observation.prior.rank} public)"
         )
     prior = observation.prior
-    problem = Problem(
-        lambda x: observation.simulation.flat(x, labels),
-        observation.gradient,
-        observation.std**2,
-        laplace=observation.noise == "laplace" and observation.noise_std > 0,
-    )
-    unit = observation.norm**2 / float(observation.weights.sum())
+    problem = measurements(observation, labels)
+    unit = observation.norm**2 / rows
     z, steps = torch.zeros(1, 0, device=prior.mean.device), 0
-    for stage in schedule(full, observation.relative_noise):
+    annealing = ANNEALING if observation.kept is None else FINE_ANNEALING
+    for stage in schedule(full, max(observation.relative_noise, observation.relative_floor), annealing):
         z = widen(z, stage.rank)
         extra = stage.widening**2 * unit
         solution = minimise(problem, prior, z, clock, extra=extra, max_iter=stage.steps, tolerance=stage.tolerance)
@@ -140,15 +135,25 @@ def map_gauss_newton(
     ]
 
 
+def measurements(observation: Observation, labels: Tensor) -> Problem:
+    """The entries of g that were sent and can be simulated, with their noise."""
+    simulation, kept = observation.simulation, observation.kept
+    laplace = observation.noise == "laplace" and observation.noise_std > 0
+    if kept is None:
+        return Problem(lambda x: simulation.flat(x, labels), observation.gradient, observation.std**2, laplace)
+    rows = kept.nonzero()[:, 0]
+    return Problem(
+        lambda x: simulation.flat(x, labels)[rows], observation.gradient[rows], observation.std[rows] ** 2, laplace
+    )
+
+
 def approximate(observation: Observation, problem: Problem, z: Tensor) -> Posterior:
     """The posterior's Gaussian approximation at x = μ + V·z; directions that were not fitted keep the prior."""
     prior = observation.prior
     scale = prior.variance[: z.shape[1]].double()
     slopes = jacobian(problem, prior, z) * scale.sqrt()
-    values, vectors = torch.linalg.eigh((slopes.T / problem.variance.double()) @ slopes)
-    values = values.clamp(min=0)
-    gamma = values / (1 + values)
-    inside = float(scale @ (vectors**2 @ (1 / (1 + values))))
+    values, left = posterior_variance((slopes.T / problem.variance.double()) @ slopes, scale)
+    gamma, inside = values / (1 + values), float(left.sum())
     outside = float(prior.variance[z.shape[1] :].double().sum())
     outside += prior.floor * (prior.mean.numel() - prior.rank)
     variance = (inside + outside) / prior.mean.numel()
@@ -161,36 +166,15 @@ def value_at(problem: Problem, prior: Prior, z: Tensor) -> float:
     return float((problem.weights(residual, 0.0) * residual**2).sum() + (z**2 / prior.variance[: z.shape[1]]).sum())
 
 
-def invert_features(observation: Observation, features: Features, labels: Tensor, clock: Clock) -> Candidate:
-    """The image whose features are ĥ and which looks like public images: a start for optimisations, in under a second.
-
-    A forward pass is all that a Jacobian column costs here.
-    """
-    norm = float(features.value.norm())
-    problem = Problem(lambda x: features.function(x)[0], features.value, features.std**2 + (1e-6 * norm) ** 2)
-    z, steps = torch.zeros(1, 0, device=observation.prior.mean.device), 0
-    for rank, widening, limit in FEATURE_LADDER:
-        rank = min(rank, rank_limit(observation, len(features.value)))
-        z = widen(z, rank)
-        extra = (widening * norm) ** 2 / len(features.value)
-        solution = minimise(problem, observation.prior, z, clock, extra=extra, max_iter=limit, tolerance=0.03)
-        z, steps = solution.coordinates, steps + solution.iterations
-    images = observation.prior.synthesise(z).clamp(0, 1)
-    return Candidate(images, labels, "feature_inversion", iterations=steps)
-
-
 def _explained(problem: Problem, solution: Solution) -> bool:
     return solution.misfit / max(1, int(torch.isfinite(problem.variance).sum())) <= EXPLAINED
 
 
 def stage(run: Attempt) -> None:
-    """One image; with known noise, or smooth activations. Piecewise-linear nets give their features instead."""
+    """One image; with known noise, or smooth activations."""
     observation = run.observation
     if run.auto and run.kinked and not run.noisy:
         run.skipped["map_gauss_newton"] = f"without noise it stalls at the kinks of {run.kinked}"
-        if run.features is not None:
-            known = run.features
-            run.attempt("feature_inversion", lambda y, c: [invert_features(observation, known, y, c)], 0.25)
         return
     limit = COARSE_RANK if run.kinked or observation.relative_noise > 1 else None
     share = 0.6 if run.auto else 1.0

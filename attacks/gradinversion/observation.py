@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from fedsec.types import ServerView
 
-from .knowledge import read
+from .batch_statistics import Statistics, read_statistics
+from .entries import arrived, find_cut, resolve_layer, rounding_std, without_pruned
+from .knowledge import Known, read
 from .prior import Prior
-from .simulation import Clip, Simulation, frozen_copy
+from .simulation import Clip, Simulation, Stop, frozen_copy
 
 MAD_TO_STD = 1.4826
 """Median absolute deviation of a Gaussian, inverted."""
@@ -31,7 +33,7 @@ class Observation:
     gradient: Tensor
     """g (P,), in the units of φ."""
     floor: Tensor
-    """(P,) standard deviation that float32 arithmetic alone puts on each entry of g."""
+    """(P,) standard deviation that rounding alone puts on each entry of g: float32 arithmetic, and quantisation."""
     prior: Prior
     image_shape: tuple[int, int, int]
     step: float
@@ -40,9 +42,13 @@ class Observation:
     """Standard deviation of the defense's noise on each entry of g; 0: none is known of."""
     noise: Literal["gaussian", "laplace"] = "gaussian"
     kept: Tensor | None = None
-    """(P,) bool, the entries that were sent; None: all."""
+    """(P,) bool, the entries that were sent and can be simulated; None: all."""
+    sent: Tensor | None = None
+    """(P,) bool, the entries that were sent, where more were than can be simulated; None: those of `kept`."""
     labels: Tensor | None = None
     """Told in advance; None: to be recovered."""
+    statistics: Statistics | None = None
+    """What was sent of BatchNorm's statistics, before and after the client's training; None: not looked at."""
     knowledge: tuple[str, ...] = ()
     """What of the defense this observation has taken into account, in words."""
     notes: tuple[str, ...] = ()
@@ -57,6 +63,11 @@ class Observation:
         """(P,) total standard deviation, infinite on entries that were not sent."""
         std = (self.floor**2 + self.noise_std**2).sqrt()
         return std if self.kept is None else torch.where(self.kept, std, torch.inf)
+
+    @cached_property
+    def as_sent(self) -> Observation:
+        """The same with everything that was sent: for closed forms, which read g without simulating it."""
+        return self if self.sent is None else replace(self, kept=self.sent, sent=None)
 
     @cached_property
     def eager(self) -> Observation:
@@ -111,7 +122,7 @@ class Observation:
 
     @cached_property
     def complete(self) -> frozenset[str]:
-        """Parameters whose whole gradient was sent."""
+        """Parameters whose whole gradient was sent and can be simulated."""
         return frozenset(n for n, w in self.named(self.weights).items() if bool((w > 0).all()))
 
     def whitened_square(self, simulated: Tensor) -> Tensor:
@@ -148,13 +159,15 @@ def observe(
     recipe, steps = view.recipe, max(1, view.local_steps)
     known = read(view.knowledge if adaptive else {})
     hidden = view.clients_in_sum > 1
-    batch = update.num_samples or view.clients_in_sum * recipe.batch_size
+    batch = update.num_samples or view.clients_in_sum * images_each(view)
     twin = frozen_copy(model, mode or recipe.mode).to(device)
     _load(twin, view)
     step = recipe.lr * steps / (known.divisor or 1.0)
     notes = list(_assumed(view, twin, steps, batch))
     if hidden and known.update_clip is not None:
         notes.append("each client's clipping inside the sum cannot be simulated: only the direction is matched")
+    if hidden and known.sparse:
+        notes.append("which client sent which entry of the sum is unknown; the simulation has all of them send it")
     clip = known.update_clip
     clip = None if clip is None or hidden else Clip(clip.norm / step, clip.order)
     # Weight decay is known exactly; taken out of g, it leaves a gradient that closed forms understand.
@@ -182,24 +195,85 @@ def observe(
     gradient = -delta / step
     if subtract and recipe.weight_decay:
         gradient = gradient - recipe.weight_decay * (known.divisor or 1.0) * params
-    mask = None if known.mask is None else known.mask.to(device)
     # Clients that were summed added their noise independently.
     std = ((known.step_std**2 / steps + (known.update_std / step) ** 2) / view.clients_in_sum) ** 0.5
     observation = Observation(
         simulation=simulation,
         gradient=gradient,
-        floor=_rounding(simulation, gradient, step, steps),
+        floor=rounding(simulation, gradient, step, steps),
         prior=prior,
         image_shape=image_shape,
         step=step,
         noise_std=std,
         noise=known.noise,
-        kept=mask,
         labels=labels,
+        statistics=read_statistics(view, model, mode or recipe.mode),
         knowledge=known.used,
         notes=tuple(notes),
     )
-    return estimate_noise(observation) if known.unknown_noise else observation
+    observation = _without_missing(observation, view, known)
+    observation = _with_cells(observation, view, known)
+    observation = _up_to_random(observation, view, known)
+    if hidden and known.update_clip is not None:
+        length = (observation.norm**2 - std**2 * len(gradient)) ** 0.5 if observation.relative_noise < 1 else 0.0
+        length = max(length, 0.1 * observation.norm)
+        observation = replace(observation, simulation=replace(observation.simulation, norm=length))
+    return observation
+
+
+def _without_missing(observation: Observation, view: ServerView, known: Known) -> Observation:
+    """Drop entries that were not sent, and pruned columns."""
+    g = observation.gradient
+    mask = arrived(view, known)
+    mask = None if mask is None else mask.to(g.device)
+    # Several steps, clients or draws on top of one another leave no column exactly zero.
+    visible = view.local_steps <= 1 and view.clients_in_sum == 1 and observation.noise_std == 0
+    visible = visible and not known.unknown_noise and not observation.simulation.weight_decay
+    for name in known.pruned_layers:
+        layer = resolve_layer(observation.simulation.model, name)
+        mask = without_pruned(mask, g, observation.floor, view.layout, layer, visible=visible)
+    return replace(observation, kept=mask)
+
+
+def _with_cells(observation: Observation, view: ServerView, known: Known) -> Observation:
+    """Count quantisation as rounding; estimate noise whose size is not known."""
+    std = rounding_std(view, known)
+    if std is None or known.unknown_noise:
+        return estimate_noise(observation)
+    std = std.to(observation.floor) if isinstance(std, Tensor) else torch.full_like(observation.floor, std)
+    return replace(observation, floor=(observation.floor**2 + (std / observation.step) ** 2).sqrt())
+
+
+def _up_to_random(observation: Observation, view: ServerView, known: Known) -> Observation:
+    """Simulate no further than to a module that draws at random."""
+    simulation = observation.simulation
+    if not known.stochastic:
+        return observation
+    cut = find_cut(simulation.model, observation.prior.mean[None].clone(), known.stochastic, view.layout)
+    if cut is None:
+        return replace(
+            observation, notes=(*observation.notes, "random layers are simulated by what they are on average")
+        )
+    sent = observation.weights > 0
+    before = observation.named(torch.zeros_like(sent))
+    for name in cut.before:
+        before[name][:] = True
+    kept = sent & torch.cat([part.reshape(-1) for part in before.values()])
+    note = f"matched up to {cut.module}, which no draw has touched"
+    exact = observation.batch == 1 and view.local_steps <= 1 and not simulation.weight_decay
+    if exact and bool(observation.named(sent)[cut.bias].all()):
+        stop = Stop(cut.module, observation.gradients[cut.bias][None])
+        # The slope was clipped and scaled with everything else.
+        simulation = replace(simulation, stop=stop, sample_clip=None, update_clip=None, divisor=None, clients=1)
+    else:
+        note += "; what comes back from behind is simulated without the draws"
+    return replace(observation, simulation=simulation, kept=kept, sent=sent, notes=(*observation.notes, note))
+
+
+def images_each(view: ServerView) -> int:
+    """Images behind one client's update, as the protocol has it; up to one short batch too many."""
+    epochs = view.recipe.epochs
+    return view.recipe.batch_size * (view.local_steps // epochs if epochs else 1)
 
 
 @torch.no_grad()
@@ -224,7 +298,7 @@ def _assumed(view: ServerView, twin: nn.Module, steps: int, batch: int) -> list[
     return notes
 
 
-def _rounding(simulation: Simulation, gradient: Tensor, step: float, steps: int) -> Tensor:
+def rounding(simulation: Simulation, gradient: Tensor, step: float, steps: int) -> Tensor:
     """Standard deviation of float32 rounding: of the stored parameters after each step, and of the gradient itself.
 
     A parameter θ is stored with a spacing of ulp(θ), which in g becomes ulp(θ)/(√12·step); the gradient's own

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -25,6 +25,8 @@ from .observation import observe
 from .prior import Prior, fit_prior
 from .settings import Settings
 
+Result = TypeVar("Result")
+
 
 @dataclass(frozen=True)
 class Job:
@@ -35,15 +37,14 @@ class Job:
     image_shape: tuple[int, int, int]
     device: torch.device
     settings: Settings
-    adaptive: bool
     mode: Literal["train", "eval"] | None
 
-    def run(self, view: ServerView, seed: int) -> Reconstruction:
-        """Attack one view."""
+    def run(self, view: ServerView, seed: int, adaptive: bool) -> Reconstruction:
+        """Attack one view, with or without what is publicly known of the defense."""
         if len(view.updates) != 1:
             return self._nothing(view)
         generator = torch.Generator().manual_seed(seed)
-        observation = observe(view, self.model, self.prior, self.image_shape, adaptive=self.adaptive, mode=self.mode)
+        observation = observe(view, self.model, self.prior, self.image_shape, adaptive=adaptive, mode=self.mode)
         return reconstruct(observation, self.settings, generator)
 
     def _nothing(self, view: ServerView) -> Reconstruction:
@@ -54,58 +55,72 @@ class Job:
         return Reconstruction(mean, labels, "prior", not_applicable={"all": reason})
 
 
-def make_job(target: Target, settings: Settings, *, adaptive: bool, mode: Literal["train", "eval"] | None) -> Job:
+def make_job(target: Target, settings: Settings, *, mode: Literal["train", "eval"] | None) -> Job:
     """Collect what is common to all views, on the target's device."""
     prior = fit_prior(target.public).to(target.device)
-    return Job(target.model(), prior, target.image_shape, target.device, settings, adaptive, mode)
+    return Job(target.model(), prior, target.image_shape, target.device, settings, mode)
 
 
-def run_all(job: Job, target: Target) -> tuple[Reconstruction, ...]:
-    """Attack every view; results in the order of the views."""
-    seeds = [target.ctx.entropy(f"gradinversion/view-{i}") for i in range(len(target.views))]
-    workers = min(target.workers, len(target.views)) if job.device.type == "cpu" else 1
+def run_all(job: Job, target: Target, adaptive: tuple[bool, ...] = (True,)) -> list[tuple[Reconstruction, ...]]:
+    """Attack every view; for each kind of adversary, adaptive or naive, the results in the order of the views."""
+    count = len(target.views)
+    seeds = [target.ctx.entropy(f"gradinversion/view-{i}") for i in range(count)]
+    items = [(view, seed, kind) for kind in adaptive for view, seed in zip(target.views, seeds, strict=True)]
+    found = run_each(job.run, items, target)
+    return [tuple(found[start : start + count]) for start in range(0, len(found), count)]
+
+
+def run_each(work: Callable[..., Result], items: Sequence[tuple[Any, ...]], target: Target) -> list[Result]:
+    """Results of `work(*item)` for each item, in their order, in as many processes as the target allows on the CPU.
+
+    Args:
+        work: can be pickled, such as a method of a dataclass.
+        items: its arguments, one tuple for each result.
+        target: says how many workers there are, and is told of the progress.
+    """
+    workers = min(target.workers, len(items)) if target.device.type == "cpu" else 1
     if workers > 1:
-        return _run_pool(job, workers, target.views, seeds, target.progress)
+        return _run_pool(work, workers, items, target.progress)
     done = []
-    for view, seed in zip(target.views, seeds, strict=True):
-        done.append(job.run(view, seed))
-        target.progress(len(done), len(target.views))
-    return tuple(done)
+    for item in items:
+        done.append(work(*item))
+        target.progress(len(done), len(items))
+    return done
 
 
 def _run_pool(
-    job: Job, workers: int, views: Sequence[ServerView], seeds: Sequence[int], progress: Callable[[int, int], None]
-) -> tuple[Reconstruction, ...]:
+    work: Callable[..., Result],
+    workers: int,
+    items: Sequence[tuple[Any, ...]],
+    progress: Callable[[int, int], None],
+) -> list[Result]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     # Everything travels as bytes: torch's own way through shared memory fills a container's small /dev/shm.
-    with ProcessPoolExecutor(workers, context, _start, (pickle.dumps(job),)) as pool:
-        futures = {
-            pool.submit(_work, pickle.dumps(view), seed): i
-            for i, (view, seed) in enumerate(zip(views, seeds, strict=True))
-        }
-        results: dict[int, Reconstruction] = {}
+    with ProcessPoolExecutor(workers, context, _start, (pickle.dumps(work),)) as pool:
+        futures = {pool.submit(_one, pickle.dumps(item)): i for i, item in enumerate(items)}
+        results: dict[int, Result] = {}
         try:
             for future in as_completed(futures):
                 results[futures[future]] = pickle.loads(future.result())
-                progress(len(results), len(views))
+                progress(len(results), len(items))
         except BrokenProcessPool as error:
             raise RunError(f"gradinversion: a worker process died ({error}); run with fewer processes") from error
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    return tuple(results[i] for i in range(len(views)))
+    return [results[i] for i in range(len(items))]
 
 
-_job: Job | None = None
+_work: Callable[..., Any] | None = None
 
 
 def _start(packed: bytes) -> None:
-    global _job
+    global _work
     torch.set_num_threads(1)
-    _job = pickle.loads(packed)
+    _work = pickle.loads(packed)
 
 
-def _work(view: bytes, seed: int) -> bytes:
-    assert _job is not None
-    return pickle.dumps(_job.run(pickle.loads(view), seed))
+def _one(item: bytes) -> bytes:
+    assert _work is not None
+    return pickle.dumps(_work(*pickle.loads(item)))

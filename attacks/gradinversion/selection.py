@@ -23,7 +23,8 @@ def select(candidates: Sequence[Candidate], observation: Observation) -> Candida
     """The candidate to report; all must have been assessed."""
     proven = max(c.certified for c in candidates)
     pool = [c for c in candidates if c.certified == proven]
-    if observation.noise_std > 0 or observation.relative_floor > COARSE:
+    partial = 0 < proven < observation.batch  # what is not proven is then hardly more than rounding
+    if partial or observation.noise_std > 0 or observation.relative_floor > COARSE:
         return min(pool, key=lambda c: c.misfit + c.energy)
     lowest = min(c.residual for c in pool)
     return min((c for c in pool if c.residual <= lowest * (1 + TIE)), key=lambda c: c.energy)

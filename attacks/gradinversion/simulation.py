@@ -15,9 +15,16 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
+from torch.utils.checkpoint import checkpoint
 
-from fedsec.models.loss import task_loss
+from fedsec.models.loss import penalties, task_loss
 from fedsec.types import Task
+
+from .local_training import Order, fixed_order
+
+State = dict[str, Tensor]
+RECOMPUTE = 50_000_000
+"""Steps times parameters above which the steps are computed again on the way back, instead of being kept in memory."""
 
 
 def frozen_copy(model: nn.Module, mode: Literal["train", "eval"]) -> nn.Module:
@@ -45,13 +52,30 @@ class Clip(NamedTuple):
     """1 or 2."""
 
 
+class Stop(NamedTuple):
+    """Where the simulation ends, because what happens behind is random or hidden."""
+
+    module: str
+    slope: Tensor
+    """∂ℓ/∂(output of that module), (B, outputs)."""
+
+
 def clipped(grads: dict[str, Tensor], clip: Clip) -> dict[str, Tensor]:
     """The gradients, scaled so that the norm of all of them together is at most that of `clip`."""
-    powers = [g.abs().sum() if clip.order == 1 else (g * g).sum() for g in grads.values()]
-    # The floor keeps the root of an all-zero gradient differentiable.
-    norm = torch.stack(powers).sum().clamp(min=1e-30) ** (1 / clip.order)
-    factor = torch.clamp(clip.norm / norm, max=1.0)
+    factor = torch.clamp(clip.norm / _norm(grads, clip.order), max=1.0)
     return {n: g * factor for n, g in grads.items()}
+
+
+def scaled_to(grads: dict[str, Tensor], norm: float) -> dict[str, Tensor]:
+    """The gradients in their direction, with this L2 norm of all of them together."""
+    factor = norm / _norm(grads, 2)
+    return {n: g * factor for n, g in grads.items()}
+
+
+def _norm(grads: dict[str, Tensor], order: int) -> Tensor:
+    powers = [g.abs().sum() if order == 1 else (g * g).sum() for g in grads.values()]
+    # The floor keeps the root of an all-zero gradient differentiable.
+    return torch.stack(powers).sum().clamp(min=1e-30) ** (1 / order)
 
 
 @dataclass(frozen=True)
@@ -71,10 +95,16 @@ class Simulation:
     weight_decay: float = 0.0
     batch_size: int | None = None
     """Images in one local step; None: all of them."""
+    order: Order | None = None
+    """Which images each local step takes; None: in the order of their numbers, epoch after epoch."""
     sample_clip: Clip | None = None
     """To what each image's gradient is clipped."""
     update_clip: Clip | None = None
     """To what the whole effective gradient is clipped: the clip of the update in units of a gradient."""
+    norm: float | None = None
+    """To what norm the effective gradient is brought, where only its direction is known."""
+    stop: Stop | None = None
+    """Where the loss is replaced by ⟨slope, output⟩: labels and everything behind have no influence."""
     divisor: float | None = None
     """DP-SGD: the observation is a sum over the images (not their mean), which the client divides by this constant."""
     clients: int = 1
@@ -110,13 +140,15 @@ class Simulation:
     def parts(self, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
         """φ as one tensor a parameter, in the order of `names`.
 
-        Several steps walk through the images in one fixed order, `batch_size` at a time, starting again at the
-        first: the client's own shuffling is unknown (exact where all images fit into one step).
+        Several steps walk through the images in `order`, or `batch_size` at a time, starting again at the first: the
+        client's own shuffling is unknown (exact where all images fit into one step).
         """
         plain = self.steps == 1 and not self.weight_decay
         total = self._gradient(self.params, x, y) if plain else self._walk(x, y)
         if self.update_clip is not None:
             total = clipped(total, self.update_clip)
+        if self.norm is not None:
+            total = scaled_to(total, self.norm)
         return tuple(total[name] for name in self.names)
 
     def _loss_gradient(self, params: dict[str, Tensor], x: Tensor, y: Tensor) -> dict[str, Tensor]:
@@ -125,11 +157,25 @@ class Simulation:
             return found
         with torch.enable_grad():
             inputs = {n: p if p.requires_grad else p.detach().requires_grad_(True) for n, p in params.items()}
-            parts = torch.autograd.grad(self._loss(inputs, x, y), list(inputs.values()), create_graph=True)
+            loss, wanted = self._loss(inputs, x, y), list(inputs.values())
+            parts = torch.autograd.grad(loss, wanted, create_graph=True, allow_unused=True, materialize_grads=True)
         return dict(zip(inputs, parts, strict=True))
 
     def _loss(self, params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        return task_loss(self.task)(functional_call(self.model, params, (x,)), y)
+        if self.stop is not None:
+            return (self.stop.slope.to(x) * self._output(self.stop.module, params, x)).sum()
+        with penalties(self.model) as extra:
+            loss = task_loss(self.task)(functional_call(self.model, params, (x,)), y)
+        return loss + sum(extra) if extra else loss
+
+    def _output(self, module: str, params: dict[str, Tensor], x: Tensor) -> Tensor:
+        seen: list[Tensor] = []
+        handle = self.model.get_submodule(module).register_forward_hook(lambda _, __, output: seen.append(output))
+        try:
+            functional_call(self.model, params, (x,))
+        finally:
+            handle.remove()
+        return seen[0]
 
     def _gradient(self, params: dict[str, Tensor], x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """What one local step follows: the mean of the images' gradients, or their sum over the clients."""
@@ -148,15 +194,20 @@ class Simulation:
 
     def _walk(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         size = len(x) if self.batch_size is None else min(self.batch_size, len(x))
-        chunks = -(-len(x) // size)
         divisor = self.divisor or 1.0
-        rate = self.lr / divisor
+        rate, decay = self.lr / divisor, self.weight_decay * divisor
+
+        def advance(params: State, velocity: State, x: Tensor, y: Tensor) -> tuple[State, State]:
+            grads = self._gradient(params, x, y)
+            velocity = {n: self.momentum * velocity[n] + g + decay * params[n] for n, g in grads.items()}
+            return {n: p - rate * velocity[n] for n, p in params.items()}, velocity
+
         start, params = self.params, self.params
         velocity = {n: torch.zeros_like(p) for n, p in start.items()}
-        for step in range(self.steps):
-            part = slice((step % chunks) * size, (step % chunks + 1) * size)
-            grads = self._gradient(params, x[part], y[part])
-            decay = self.weight_decay * divisor
-            velocity = {n: self.momentum * velocity[n] + g + decay * params[n] for n, g in grads.items()}
-            params = {n: p - rate * velocity[n] for n, p in params.items()}
+        for numbers in self.order or fixed_order(len(x), size, self.steps):
+            part = list(numbers) if len(numbers) < len(x) or self.order else slice(None)
+            if self.eager and self.steps * self.size > RECOMPUTE:
+                params, velocity = checkpoint(advance, params, velocity, x[part], y[part], use_reentrant=False)
+            else:
+                params, velocity = advance(params, velocity, x[part], y[part])
         return {n: (start[n] - p) / (rate * self.steps) for n, p in params.items()}

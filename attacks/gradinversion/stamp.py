@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from torch import nn
 
-from fedsec.types import Target
+from fedsec.types import LocalRecipe, Reconstruction, ServerView, Target
 
+from .batch_statistics import read_statistics, used_by
 from .knowledge import read
+from .observation import images_each
 from .settings import Settings
 
 
@@ -21,19 +23,21 @@ def stamp(
     adaptive: bool,
     mode: Literal["train", "eval"] | None,
     model: nn.Module,
+    reconstructions: Sequence[Reconstruction] = (),
 ) -> Mapping[str, Any]:
-    """Assumptions of one run, in JSON form."""
+    """Assumptions of one run, in JSON form; `reconstructions` say where their labels came from."""
     view = target.views[0]
     hidden = view.clients_in_sum > 1
-    batches = sorted({u.num_samples or v.clients_in_sum * v.recipe.batch_size for v in target.views for u in v.updates})
+    batches = sorted({u.num_samples or v.clients_in_sum * images_each(v) for v in target.views for u in v.updates})
     momentum = f" with momentum {view.recipe.momentum:g}" if view.recipe.momentum else ""
     return {
-        "labels": "oracle" if oracle else "recovered",
+        "labels": "oracle" if oracle else _sources(reconstructions),
         "batch_size": "claimed" if not hidden else "known",
         "victim_batch": batches[0] if len(batches) == 1 else batches,
-        "victim_mode": mode or view.recipe.mode,
-        "bn_statistics": _statistics(model, mode or view.recipe.mode),
+        "victim_mode": _mode(view, model, mode or view.recipe.mode),
+        "bn_statistics": used_by(view, model, mode or view.recipe.mode, settings.bn),
         "local_steps": view.local_steps,
+        "epochs": _epochs(view.recipe, view.local_steps, batches),
         "lr_known": True,
         "client_optimizer": f"SGD{momentum}",
         "view": "aggregate only" if hidden else "individual",
@@ -51,8 +55,16 @@ def stamp(
     }
 
 
-def _statistics(model: nn.Module, mode: str) -> str:
-    batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
-    if not batch_norm:
-        return "none"
-    return "running" if mode == "eval" else "batch"
+def _sources(reconstructions: Sequence[Reconstruction]) -> str | list[str]:
+    found = sorted({item.label_source for item in reconstructions}) or ["recovered"]
+    return found[0] if len(found) == 1 else list(found)
+
+
+def _epochs(recipe: LocalRecipe, steps: int, batches: Sequence[int]) -> float:
+    """Passes over the victim's images."""
+    return round(steps * min(recipe.batch_size, max(batches, default=1)) / max(batches, default=1), 3)
+
+
+def _mode(view: ServerView, model: nn.Module, mode: Literal["train", "eval"]) -> str:
+    """`train+shared`: the client trained in train mode, and what it made of its BatchNorm statistics is visible."""
+    return "train+shared" if mode == "train" and read_statistics(view, model, mode).shared else mode

@@ -31,15 +31,56 @@ def prior_start(observation: Observation, generator: torch.Generator) -> Tensor:
     return prior.synthesise(PRIOR_SPREAD * draw * prior.variance[:rank].sqrt())
 
 
+def public_mixtures(shares: Tensor, target: Tensor, batch: int, generator: torch.Generator, tries: int) -> list[Tensor]:
+    """Which B public images would together have caused an update most like the observed one?
+
+    From random choices, one image after the other is exchanged for the best one until none is better.
+
+    Args:
+        shares: (N, P) what each public image would add to the update.
+        target: (P,) the update.
+        batch: B.
+        generator: draws the first choices.
+        tries: first choices.
+
+    Returns:
+        different local optima, the nearest first: rows of `shares`, (B,) each.
+    """
+    products, wanted = shares @ shares.T, shares @ target
+    found: dict[tuple[int, ...], float] = {}
+    for _ in range(tries):
+        chosen = torch.randperm(len(shares), generator=generator)[:batch].tolist()
+        for _ in range(4 * batch):
+            before = list(chosen)
+            for i in range(batch):
+                others = products[:, chosen[:i] + chosen[i + 1 :]].sum(1)
+                cost = products.diagonal() - 2 * wanted + 2 * others
+                cost[chosen[:i] + chosen[i + 1 :]] = torch.inf  # images that start equal never separate
+                chosen[i] = int(cost.argmin())
+            if chosen == before:
+                break
+        rows = sorted(chosen)
+        found[tuple(rows)] = float(products[rows][:, rows].sum() - 2 * wanted[rows].sum())
+    return [torch.tensor(rows) for rows in sorted(found, key=lambda rows: found[rows])]
+
+
+def equal_pair(start: Tensor, spread: float) -> tuple[int, int] | None:
+    """Two images of a batch (B, C, H, W) that are closer than 0.1 of the public spread (root mean square)."""
+    flat = start.flatten(1)
+    distance = torch.cdist(flat, flat) / flat.shape[1] ** 0.5
+    distance.fill_diagonal_(torch.inf)
+    if len(start) < 2 or float(distance.min()) >= 0.1 * spread:
+        return None
+    return divmod(int(distance.argmin()), len(start))
+
+
 def check_distinct(start: Tensor, spread: float) -> None:
-    """Refuse a batch (B, C, H, W) in which two images start closer than 0.1 of the public spread.
+    """Refuse a batch (B, C, H, W) with an `equal_pair`.
 
     Raises:
         ValueError: names the pair.
     """
-    flat = start.flatten(1)
-    distance = torch.cdist(flat, flat) / flat.shape[1] ** 0.5
-    distance.fill_diagonal_(torch.inf)
-    if len(start) > 1 and float(distance.min()) < 0.1 * spread:
-        first, second = divmod(int(distance.argmin()), len(start))
+    pair = equal_pair(start, spread)
+    if pair is not None:
+        first, second = pair
         raise ValueError(f"images {first} and {second} start equal and can never separate: start them apart")

@@ -23,6 +23,7 @@ PLACES = {
     "lr": ("federation", "lr"),
     "strategy": ("federation", "strategy"),
     "participation": ("federation", "participation"),
+    "shadow_rules": ("federation", "shadow_rules"),
     "engine": ("federation", "engine"),
     "device": ("federation", "device"),
 }
@@ -52,6 +53,9 @@ PLACES = {
     "--strategy", metavar="NAME[:KEY=VALUE,…]", help="What is shared and how it is combined (default fedavg)."
 )
 @click.option("--participation", metavar="WHO", help="full, a fraction such as 0.5, or intermittent:p=0.8.")
+@click.option(
+    "--shadow-rules", metavar="RULE+RULE", help="Robust rules to evaluate on the same updates without applying them."
+)
 @click.option("--engine", metavar="NAME", help="serial, processes or auto.")
 @click.option("--device", metavar="NAME", help="cpu, cuda, cuda:N or auto.")
 @click.option("--seed", type=int, help="Seed of everything random (default 0).")
@@ -85,6 +89,7 @@ def command(
     Examples:
         fedsec run --attack gradinversion --defense dp
         fedsec run --attack gradinversion:images=40,batch=4 --defense dp:epsilon=3 --defense gaussian:sigma=0.01
+        fedsec run --attack poisoning:fraction=0.3 --defense dos --defense krum --shadow-rules median
         fedsec run --attack gradinversion --defense dp --data ham10000 --partition site --rounds 30
     """
     tables = read_tables(config)

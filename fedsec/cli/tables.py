@@ -6,17 +6,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from fedsec.config import Cell
+from fedsec.metrics.limits import across_seeds
+from fedsec.metrics.reconstruction import complete
 from fedsec.plugins import PluginSpec
 
 Result = Mapping[str, Any]
-WIDE = 120
+WIDE = 150
 """Columns from which intervals are printed."""
-MARGIN = 2.0
-"""dB above the public mean image from which a reconstruction is called more than the prior."""
 
 
 def print_results(cells: Sequence[Result], folder: Path) -> None:
@@ -28,7 +29,7 @@ def print_results(cells: Sequence[Result], folder: Path) -> None:
         console.print(f"{folder}: no finished cell")
         return
     console.print(results_table(cells, intervals=console.width >= WIDE))
-    for line in (*meaning(cells), *origin(cells)):
+    for line in (*meaning(cells), *over_seeds(cells), *origin(cells)):
         console.print(line, markup=False, soft_wrap=True)
     console.print(f"run folder: {folder}   next: fedsec plot {folder}", markup=False, soft_wrap=True)
 
@@ -54,6 +55,7 @@ def _attack(cells: Sequence[Result]) -> str:
 
 def _row(cell: Result, intervals: bool) -> dict[str, str]:
     utility, leakage, privacy = (cell.get(key, {}) for key in ("utility", "leakage", "privacy"))
+    leakage = complete(leakage)
     attacks = cell.get("attack")
     return {
         "attack": attacks["name"] if attacks else "",
@@ -63,6 +65,10 @@ def _row(cell: Result, intervals: bool) -> dict[str, str]:
         "worst client": interval(utility.get("worst_client_auc"), 3, bare=True),
         "PSNR dB": interval(leakage.get("psnr"), 1, bare=not intervals),
         "prior": interval(leakage.get("prior_psnr"), 1, bare=True),
+        "nearest": interval(leakage.get("nearest_public_psnr"), 1, bare=True),
+        "bound": interval(leakage.get("bound_psnr"), 1, bare=True),
+        "gap": interval(leakage.get("gap_db"), 1, bare=True),
+        "adaptive gap": interval(leakage.get("adaptive_gap"), 1, bare=True),
         "proven": str(leakage.get("certified", "")),
         "re-id": percent(leakage.get("reid_rank1")),
         "ε": f"{privacy['epsilon']:.2f}" if privacy.get("epsilon") is not None else "",
@@ -91,25 +97,35 @@ def percent(estimate: Mapping[str, Any] | None) -> str:
 
 
 def meaning(cells: Sequence[Result]) -> list[str]:
-    """One sentence for each attacked cell, from its numbers."""
+    """What each attacked cell's numbers say, in sentences."""
     lines = []
     for cell in cells:
-        leakage = cell.get("leakage")
-        if not leakage or leakage.get("psnr", {}).get("value") is None:
+        leakage = cell.get("leakage", {})
+        if "verdict" not in leakage:
             continue
-        gain = leakage["psnr"]["value"] - leakage["prior_psnr"]["value"]
-        chance = leakage.get("reid_chance")
-        rank = leakage.get("reid_rank1", {}).get("value")
-        identified = f"; {rank:.0%} of the patients are re-identified (chance {chance:.1%})" if rank is not None else ""
-        who = f"{defense_label(cell)} (seed {cell['seed']})"
-        if gain > MARGIN:
-            verdict = f"the server's images are {gain:.1f} dB better than a public mean image{identified}"
-        else:
-            verdict = (
-                f"the server's images are no better than a public mean image ({gain:+.1f} dB){identified}. "
-                "This attack failed; that alone does not show privacy"
-            )
-        lines.append(f"{who}: {verdict}.")
+        if cell.get("assumptions", {}).get("labels") == "oracle":
+            who = f"{defense_label(cell)} (seed {cell['seed']})"
+            lines.append(f"{who}: labels were told in advance, which no server knows: no verdict on what it can do.")
+            continue
+        chance, rank = leakage.get("reid_chance"), leakage.get("reid_rank1", {}).get("value")
+        found = f" {rank:.0%} of the patients are re-identified (chance {chance:.1%})." if rank is not None else ""
+        lines.append(f"{defense_label(cell)} (seed {cell['seed']}): {leakage['verdict']}.{found}")
+    return lines
+
+
+def over_seeds(cells: Sequence[Result]) -> list[str]:
+    """One line for each federation that was run with several seeds: the PSNR over the images of all of them."""
+    groups: dict[tuple[str, str], list[Result]] = {}
+    for cell in cells:
+        if cell.get("leakage", {}).get("images"):
+            groups.setdefault((_attack([cell]), defense_label(cell)), []).append(cell)
+    lines = []
+    for (attack, defense), group in groups.items():
+        if len(group) > 1:
+            rows = [cell["leakage"]["images"] for cell in group]
+            pooled = across_seeds(rows, generator=np.random.default_rng(0)).to_json()
+            who = f"{defense}, {len(group)} seeds" if len({a for a, _ in groups}) == 1 else f"{defense}, {attack}"
+            lines.append(f"{who}: PSNR {interval(pooled, 1)} dB, median over {sum(map(len, rows))} images.")
     return lines
 
 

@@ -27,9 +27,13 @@ from fedsec.federation.participation import Participation
 from fedsec.federation.round import Seats, ServerState, load
 from fedsec.federation.strategy import Strategy
 from fedsec.machine import usable_cores
+from fedsec.robust.aggregator import RuleAggregator
+from fedsec.robust.rule import WeightRule
 from fedsec.types import FederationPlan, LocalRecipe, RoundContext
 
 DEFAULT_EPOCHS = 3
+ROOT_IMAGES = 100
+"""Images of the server's own, for the rules that ask for them."""
 Splits = Literal["official", "derived", "safe"]
 
 
@@ -158,6 +162,43 @@ def choose_aggregator(defenses: tuple[Defense, ...]) -> Aggregator:
     return rule
 
 
+def with_shadows(aggregator: Aggregator, shadows: str | None) -> Aggregator:
+    """The rule with further ones beside it that are evaluated on the same updates and not applied.
+
+    Raises:
+        ConfigError: a shadow is no rule that weighs whole updates, or the server sees no individual updates.
+    """
+    if shadows is None:
+        return aggregator
+    if not aggregator.sees_individuals:
+        raise ConfigError(f"shadow_rules={shadows}: the stack hides individual updates from the server")
+    rules = [plugins.build("defenses", spec) for spec in plugins.parse_stack(shadows)]
+    for rule in rules:
+        if not isinstance(rule, WeightRule):
+            raise ConfigError(f"shadow_rules: {rule.name} does not weigh whole updates; name rules such as krum or dos")
+    if isinstance(aggregator, RuleAggregator):
+        applied = aggregator.rule
+    else:  # the plain mean, as a rule that clips nothing
+        applied = plugins.build("defenses", plugins.PluginSpec("fedavg", {"kappa": float("inf")}))
+    return RuleAggregator(applied, rules)
+
+
+def root_data(dataset: Dataset, seed: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
+    """Images of the server's own, from the validation part, which no client trains on: as many of each class."""
+    rows = np.flatnonzero(dataset.split == "val")
+    labels = np.asarray(dataset.labels)[rows]
+    if not len(rows):
+        return None
+    rng = RoundContext(seed, 0, 0).numpy("root")
+    if labels.ndim > 1:
+        chosen = rng.permutation(rows)[:ROOT_IMAGES]
+    else:
+        classes = np.unique(labels)
+        each = max(1, ROOT_IMAGES // len(classes))
+        chosen = np.concatenate([rng.permutation(rows[labels == c])[:each] for c in classes])
+    return _tensors(dataset, np.sort(chosen), device)
+
+
 def assemble(cell: Cell, data_dir: Path | None = None) -> Federation:
     """Load the data, deal it to the clients, build and prepare the model, and calibrate the defenses.
 
@@ -206,11 +247,13 @@ def assemble(cell: Cell, data_dir: Path | None = None) -> Federation:
         )
     )
     patients = dataset.meta.get("patient")
+    sharing = strategy.sharing(model)
     plan = FederationPlan(
         recipe=recipe,
         rounds=settings.rounds,
         client_sizes=tuple(len(rows) for rows in dealt.clients),
         client_patients=None if patients is None else tuple(len(np.unique(patients[r])) for r in dealt.clients),
+        layout=sharing.params,
     )
     defenses = tuple(d.calibrate(plan) for d in defenses)
     claiming = [d.name for d in defenses if d.privacy() is not None]
@@ -219,15 +262,18 @@ def assemble(cell: Cell, data_dir: Path | None = None) -> Federation:
             f"{' and '.join(claiming)} each add noise for an epsilon of their own, and the two do not combine: "
             "choose one, or leave clip out of the other, which is then a heuristic"
         )
+    if attack is not None:
+        attack = attack.calibrate(plan, RoundContext(cell.seed, 0, settings.rounds).adversary())
     seats = Seats(
         model=model,
         recipe=recipe,
         strategy=strategy,
-        sharing=strategy.sharing(model),
+        sharing=sharing,
         defenses=defenses,
         attack=attack,
-        aggregator=choose_aggregator(defenses),
+        aggregator=with_shadows(choose_aggregator(defenses), settings.shadow_rules),
         malicious=attack.controls(len(dealt.clients)) if attack and attack.seat == "client" else frozenset(),
+        root=root_data(dataset, cell.seed, device),
     )
     parts = {part: dealt.deal(dataset, part) for part in ("val", "test")}
     return Federation(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,10 +12,14 @@ from torch import Tensor
 from fedsec.federation.assemble import Federation
 from fedsec.federation.round import load
 from fedsec.metrics import utility as measures
+from fedsec.metrics.statistics import proportion
 from fedsec.models.loss import probabilities
-from fedsec.types import RoundContext, to_json
+from fedsec.types import Probe, RoundContext, to_json
 
+ProbeOf = Callable[[Tensor, Tensor], Probe | None]
 EVALUATION_BATCH = 512
+MIN_PROBES = 30
+"""Images of other classes below which a success rate says nothing."""
 
 
 @torch.no_grad()
@@ -50,6 +54,38 @@ def curve_point(federation: Federation, params: Tensor, buffers: Tensor, local: 
     pieces = scores_by_client(federation, part, params, buffers, local)
     scores, labels = (torch.cat(column).numpy() for column in zip(*pieces, strict=True))
     return float(measures.auc(scores, labels, federation.dataset.task))
+
+
+def attack_success(
+    federation: Federation, part: str, params: Tensor, buffers: Tensor, probe_of: ProbeOf
+) -> dict[str, Any]:
+    """How often a backdoor's trigger turns held-out images of other classes into the target.
+
+    Returns:
+        `attack_success_rate`, `untriggered_rate` (called the target without any trigger) and `lift`, their difference;
+        `attack_success_images`; nothing where the attack has no backdoor. The rates are absent below `MIN_PROBES`.
+    """
+    load(federation.seats.model, federation.seats.sharing, params, buffers, None)
+    x, y = (torch.cat(column) for column in zip(*federation.evaluation[part], strict=True))
+    probe = probe_of(x, y)
+    if probe is None:
+        return {}
+    triggered, clean = (_called(federation, images, probe.target) for images in (probe.triggered, probe.clean))
+    result: dict[str, Any] = {"attack_success_images": len(triggered)}
+    if len(triggered) < MIN_PROBES:
+        return result
+    rate, without = proportion(triggered), proportion(clean)
+    return result | {
+        "attack_success_rate": rate,
+        "untriggered_rate": without,
+        "lift": rate.value - without.value,
+    }
+
+
+def _called(federation: Federation, images: Tensor, target: int) -> np.ndarray:
+    scores = predict(federation, images)
+    decided = scores.argmax(1) if scores.shape[1] > 1 else (scores[:, 0] > 0.5).long()
+    return (decided == target).numpy()
 
 
 def evaluate(federation: Federation, params: Tensor, buffers: Tensor, local: Mapping[int, Tensor]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsec.defense import LocalStep
-from fedsec.models.loss import task_loss
+from fedsec.models.loss import penalties, task_loss
 from fedsec.types import LocalRecipe, RoundContext
 
 
@@ -31,26 +31,32 @@ class PlainStep:
 
     def batches(self, size: int, ctx: RoundContext) -> Iterator[Tensor]:
         """Shuffled index batches for the recipe's epochs or steps; the last batch of an epoch may be short."""
-        generator = ctx.generator("batches")
-        left = self.recipe.steps
-        epochs = self.recipe.epochs
-        while (epochs is None or epochs > 0) and left != 0:
-            for batch in torch.randperm(size, generator=generator).split(self.recipe.batch_size):
-                yield batch
-                if left is not None:
-                    left -= 1
-                    if left == 0:
-                        return
-            if epochs is not None:
-                epochs -= 1
+        return shuffled_batches(size, self.recipe, ctx.generator("batches"))
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """One SGD step."""
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.loss(self.model(x), y)
+        with penalties(self.model) as extra:
+            loss = self.loss(self.model(x), y)
+        loss = loss + sum(extra) if extra else loss
         loss.backward()
         self.optimizer.step()
         return loss.detach()
+
+
+def shuffled_batches(size: int, recipe: LocalRecipe, generator: torch.Generator) -> Iterator[Tensor]:
+    """Index batches for the recipe's epochs or steps, each epoch in a new order; its last batch may be short."""
+    left = recipe.steps
+    epochs = recipe.epochs
+    while (epochs is None or epochs > 0) and left != 0:
+        for batch in torch.randperm(size, generator=generator).split(recipe.batch_size):
+            yield batch
+            if left is not None:
+                left -= 1
+                if left == 0:
+                    return
+        if epochs is not None:
+            epochs -= 1
 
 
 def train_locally(

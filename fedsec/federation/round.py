@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from fedsec.attack import Attack
 from fedsec.defense import Aggregation, Aggregator, Defense, LocalStep
 from fedsec.federation.aggregate import WeightedMean
+from fedsec.federation.footprint import changed_images, footprint
 from fedsec.federation.local import PlainStep, train_locally
 from fedsec.federation.screening import screen
 from fedsec.federation.strategy import Sharing, Strategy
-from fedsec.types import LocalRecipe, Payload, RoundContext, ServerView, Update, sorted_by_client
+from fedsec.types import LocalRecipe, Payload, Peers, RoundContext, ServerView, Update, sorted_by_client
 
 
 @dataclass
@@ -43,6 +44,8 @@ class Seats:
     aggregator: Aggregator = field(default_factory=WeightedMean)
     malicious: frozenset[int] = frozenset()
     """Clients that the attack controls."""
+    root: tuple[Tensor, Tensor] | None = None
+    """Images and labels of the server's own, for rules that ask for them."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,8 @@ class Reply:
     steps: int = 0
     seconds: float = 0.0
     failure: str | None = None
+    tampered: int = 0
+    """Images that an adversary's client changed or gave another label."""
 
 
 @dataclass
@@ -96,6 +101,17 @@ class RoundRecord:
     """Mean bytes that one client sent."""
     seconds: float
     suspicion: Mapping[int, float] = field(default_factory=dict)
+    weights: Mapping[int, float] = field(default_factory=dict)
+    clipped: Mapping[int, float] = field(default_factory=dict)
+    """Client -> factor of the safety clip."""
+    shadows: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    malicious: tuple[int, ...] = ()
+    """Simulation only: who was the adversary's, among those who replied."""
+    tampering: Mapping[int, float] = field(default_factory=dict)
+    """Malicious client -> ‖sent − computed‖/‖computed‖, and `tampered` images it trained on."""
+    tampered: Mapping[int, int] = field(default_factory=dict)
+    deviation: float | None = None
+    """‖A − m‖/‖m‖ with A the aggregate and m the mean of the honest updates, where somebody is malicious."""
 
 
 # --- the client's seat ------------------------------------------------------------------------------------------
@@ -123,22 +139,31 @@ def client_update(
         buffers=sharing.buffers.flatten(tensors) if sharing.buffers.size else None,
     )
     for defense in seats.defenses:
-        update = defense.on_upload(update, ctx)
+        update = sized(defense.on_upload(update, ctx), update)
     return update, loss, steps
+
+
+def sized(update: Update, before: Update) -> Update:
+    """A size on the wire describes one vector: who replaces the vector and is silent about its size sends it whole."""
+    stale = update.wire is not None and update.wire is before.wire and update.delta is not before.delta
+    return replace(update, wire=None) if stale else update
 
 
 def client_turn(seats: Seats, turn: Turn, x: Tensor, y: Tensor, batches: Iterable[Tensor] | None = None) -> Reply:
     """A whole turn at one client: train, defend, encode. A malicious client's update is finished by the adversary."""
     start = time.perf_counter()
     malicious = turn.client in seats.malicious
+    tampered = 0
     if malicious and seats.attack is not None:
+        clean = x, y
         x, y = seats.attack.on_data(x, y, turn.ctx.adversary())
+        tampered = changed_images(clean, (x, y))
     update, loss, steps = client_update(seats, turn, x, y, batches)
     content = update if malicious else seats.aggregator.encode(update, turn.ctx)
     local = None
     if seats.sharing.local.size:
         local = seats.sharing.local.flatten(dict(seats.model.state_dict(keep_vars=True)))
-    return Reply(turn.client, content, local, loss, steps, time.perf_counter() - start)
+    return Reply(turn.client, content, local, loss, steps, time.perf_counter() - start, tampered=tampered)
 
 
 @torch.no_grad()
@@ -172,9 +197,11 @@ def run_round(
     replies: list[Reply] = sorted_by_client(train(turns))
     failed = {r.client: r.failure for r in replies if r.failure is not None}
     replies = [r for r in replies if r.failure is None]
-    payloads = collect(seats, replies, ctx)
+    payloads = collect(seats, replies, ctx, state.params)
     state.local.update({r.client: r.local for r in replies if r.local is not None})
 
+    if seats.root is not None and seats.aggregator.needs_root:
+        seats.aggregator.receive_root(root_update(seats, state, ctx))
     result, rejected, flags = aggregate(seats, payloads, ctx)
     failed |= rejected
     if seats.attack is not None and seats.attack.seat in ("server", "malicious-server"):
@@ -199,7 +226,18 @@ def run_round(
         upload_bytes=round(sum(p.num_bytes for p in payloads) / max(1, len(payloads))),
         seconds=time.perf_counter() - start,
         suspicion=dict(result.suspicion) if result is not None else {},
+        weights=dict(result.weights) if result is not None else {},
+        clipped=dict(result.clipped) if result is not None else {},
+        shadows=dict(result.shadows) if result is not None else {},
+        **footprint(seats.malicious, replies, payloads, result),
     )
+
+
+def root_update(seats: Seats, state: ServerState, ctx: RoundContext) -> Tensor:
+    """What the server's own images would change: trained on as a client without defenses would."""
+    assert seats.root is not None
+    own = replace(seats, defenses=(), malicious=frozenset())
+    return client_update(own, Turn(-1, state.params, state.buffers, ctx.for_client(-1)), *seats.root)[0].delta
 
 
 def broadcast(seats: Seats, params: Tensor, client: int, ctx: RoundContext) -> Tensor:
@@ -209,16 +247,22 @@ def broadcast(seats: Seats, params: Tensor, client: int, ctx: RoundContext) -> T
     return params
 
 
-def collect(seats: Seats, replies: Sequence[Reply], ctx: RoundContext) -> list[Payload]:
+def collect(seats: Seats, replies: Sequence[Reply], ctx: RoundContext, params: Tensor | None = None) -> list[Payload]:
     """The payloads on the wire: the adversary finishes the updates of the clients it controls."""
     updates = [r.content for r in replies if isinstance(r.content, Update)]
-    peers = [r.content.content for r in replies if isinstance(r.content, Payload) and _in_clear(r.content)]
+    honest = {r.client: r.content.content for r in replies if isinstance(r.content, Payload) and _in_clear(r.content)}
     payloads = [r.content for r in replies if isinstance(r.content, Payload)]
+    if updates:
+        assert seats.attack is not None
+        seen = seats.attack.sees(tuple(honest), ctx.adversary())
+        rule = seats.aggregator if seats.attack.knows_rule else None
+        peers = Peers(tuple(u for k, u in honest.items() if k in seen), tuple(updates), len(replies), params, rule)
     for update in updates:
         assert seats.attack is not None
         own = ctx.for_client(update.client)
-        forged = seats.attack.on_upload(update, (*peers, *updates), own.adversary())
-        payloads.append(seats.aggregator.encode(forged, own))
+        forged = sized(seats.attack.on_upload(update, peers, own.adversary()), update)
+        sendable = isinstance(forged.delta, Tensor)  # else even its size cannot be told; screening will say so
+        payloads.append(seats.aggregator.encode(forged, own) if sendable else Payload(update.client, forged, 0))
     return sorted_by_client(payloads)
 
 
@@ -238,6 +282,7 @@ def aggregate(
         accepted = [replace(by_client[u.client], content=u) for u in updates]
     if not accepted:
         return None, rejected, flags
+    seats.aggregator.turned_away(rejected)
     seats.aggregator.begin(seats.strategy.weights({p.client: p.num_samples for p in accepted}), ctx)
     for payload in accepted:
         seats.aggregator.accumulate(payload, ctx)

@@ -41,7 +41,7 @@ def screen(
     for client, norm in norms.items():
         if limit > 0 and norm > limit:
             rejected[client] = f"magnitude: update norm {norm:.3g} is more than {MAX_NORM_RATIO:.0e} x the median"
-    accepted = [p for p in accepted if p.client not in rejected]
+    accepted = [dataclasses.replace(p, norm=norms[p.client]) for p in accepted if p.client not in rejected]
     return _with_believable_sizes(accepted, flags), rejected, flags
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fedsec.errors import ConfigError
 from fedsec.federation.assemble import Federation
+from fedsec.federation.local import shuffled_batches
 from fedsec.federation.round import Seats, ServerState, Turn, aggregate, broadcast, client_turn, collect, server_view
 from fedsec.federation.training import Training
 from fedsec.types import LocalRecipe, RoundContext, ServerView, VictimPlan
@@ -63,34 +64,53 @@ def choose(federation: Federation, plan: VictimPlan) -> list[tuple[int, np.ndarr
     return victims
 
 
+def victims_of(federation: Federation, plan: VictimPlan) -> list[tuple[int, Victim]]:
+    """(index, victim), round by round; the index tells the victims of one round apart."""
+    chosen = choose(federation, plan)
+    found = []
+    for number in rounds_of(plan, federation.cell.federation.rounds):
+        for index, (client, rows) in enumerate(chosen):
+            x, y = _images(federation, rows)
+            found.append((index, Victim(client, number, rows, x.cpu(), y.cpu())))
+    return found
+
+
+def victim_context(federation: Federation, victim: Victim, index: int) -> RoundContext:
+    """A stream of its own for each victim: no two share noise with each other or with the training."""
+    seed = RoundContext(federation.cell.seed, victim.round, 0, victim.client).entropy(f"victim/{index}")
+    return RoundContext(seed, victim.round, federation.cell.federation.rounds)
+
+
 def observe(federation: Federation, training: Training, plan: VictimPlan) -> tuple[list[ServerView], list[Victim]]:
     """The views that the plan asks for, round by round, and the truth behind each."""
     views: list[ServerView] = []
-    truth: list[Victim] = []
-    chosen = choose(federation, plan)
-    recipe = victim_recipe(federation.seats.recipe, plan)
-    seats = replace(federation.seats, recipe=recipe)
-    for number in rounds_of(plan, federation.cell.federation.rounds):
-        params, buffers = (t.to(federation.device) for t in training.snapshots[number])
-        for index, (client, rows) in enumerate(chosen):
-            x, y = _images(federation, rows)
-            # A stream of its own for each victim: no two share noise with each other or with the training.
-            seed = RoundContext(federation.cell.seed, number, 0, client).entropy(f"victim/{index}")
-            ctx = RoundContext(seed, number, federation.cell.federation.rounds)
-            state = ServerState(params, buffers, federation.initial_state().local)
-            labels = y.cpu() if plan.oracle_labels else None
-            views.append(_view(federation, seats, state, client, (x, y), plan, ctx, labels))
-            truth.append(Victim(client, number, rows, x.cpu(), y.cpu()))
-    return views, truth
+    victims = victims_of(federation, plan)
+    seats = replace(federation.seats, recipe=victim_recipe(federation.seats.recipe, plan))
+    for index, victim in victims:
+        params, buffers = (t.to(federation.device) for t in training.snapshots[victim.round])
+        ctx = victim_context(federation, victim, index)
+        state = ServerState(params, buffers, federation.initial_state().local)
+        batch = victim.images.to(federation.device), victim.labels.to(federation.device)
+        labels = victim.labels if plan.oracle_labels else None
+        views.append(upload_view(federation, seats, state, victim.client, batch, plan, ctx, labels))
+    return views, [victim for _, victim in victims]
 
 
 def victim_recipe(recipe: LocalRecipe, plan: VictimPlan) -> LocalRecipe:
-    """The clients' recipe for a victim's few steps on one whole batch."""
-    mode = plan.mode or recipe.mode
-    return replace(recipe, steps=plan.local_steps, epochs=None, batch_size=plan.batch, mode=mode)
+    """The clients' recipe for a victim's few steps or epochs on its images."""
+    steps = plan.local_steps if plan.epochs is None else None
+    size = min(plan.batch_size or plan.batch, plan.batch)
+    return replace(recipe, steps=steps, epochs=plan.epochs, batch_size=size, mode=plan.mode or recipe.mode)
 
 
-def _view(
+def local_batches(recipe: LocalRecipe, size: int, ctx: RoundContext) -> list[Tensor]:
+    """Index batches of a victim's local training on `size` images; the order of several is the client's secret."""
+    if size > recipe.batch_size:
+        return list(shuffled_batches(size, recipe, ctx.generator("batches")))
+    return [torch.arange(size)] * (recipe.steps or recipe.epochs or 0)
+
+
+def upload_view(
     federation: Federation,
     seats: Seats,
     state: ServerState,
@@ -99,18 +119,24 @@ def _view(
     plan: VictimPlan,
     ctx: RoundContext,
     labels: Tensor | None,
+    draw: RoundContext | None = None,
 ) -> ServerView:
+    """What reaches the server when this client trains on this batch.
+
+    Args:
+        ctx: of the noise. draw: of the bystanders' batches, where it is another one.
+    """
     hidden = not seats.aggregator.sees_individuals
     replies = []
     for client in range(len(federation.clients)) if hidden else [victim]:
-        x, y = batch if client == victim else _bystander(federation, client, plan.batch, ctx)
-        whole = [torch.arange(len(x))] * plan.local_steps
+        x, y = batch if client == victim else _bystander(federation, client, plan.batch, draw or ctx)
+        batches = local_batches(seats.recipe, len(x), ctx.for_client(client))
         params = broadcast(seats, state.params, client, ctx)
         turn = Turn(client, params, state.buffers, ctx.for_client(client), state.local.get(client))
-        replies.append(client_turn(seats, turn, x, y, whole))
+        replies.append(client_turn(seats, turn, x, y, batches))
     payloads = collect(seats, replies, ctx)
     result = aggregate(seats, payloads, ctx)[0] if hidden else None
-    view = server_view(seats, state, payloads, result, plan.local_steps, ctx, labels)
+    view = server_view(seats, state, payloads, result, max(r.steps for r in replies), ctx, labels)
     return replace(view, params=view.params.cpu())
 
 

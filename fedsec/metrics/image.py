@@ -99,6 +99,27 @@ def rdlv(similarity: Tensor, prior_similarity: Tensor) -> Tensor:
     return torch.where(prior_similarity < RDLV_SMALLEST_PRIOR, gain, gain / prior_similarity)
 
 
+def largest_rdlv(reconstructions: Tensor, truths: Tensor, prior: Tensor) -> float | None:
+    """The largest RDLV of any of A reconstructions with any of B truths; None below 11 pixels.
+
+    A maximum over many pairs is large by chance alone: read it beside the same for images that were not attacked.
+
+    Args:
+        reconstructions: (A, C, H, W).
+        truths: (B, C, H, W).
+        prior: (C, H, W), the public mean image.
+    """
+    before = ssim(prior.expand_as(truths), truths)
+    if before is None:
+        return None
+    best = -torch.inf
+    for image in reconstructions:
+        after = ssim(image.expand_as(truths), truths)
+        assert after is not None
+        best = max(best, float(rdlv(after, before).max()))
+    return best
+
+
 def match(reconstructions: Tensor, truths: Tensor) -> list[int | None]:
     """For each truth the reconstruction assigned to it, by the least total MSE (Kuhn 1955); None where there is none.
 

@@ -2,52 +2,29 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from torch import Tensor
 
-from fedsec.metrics.image import (
-    match,
-    mse,
-    nearest_public_psnr,
-    pixel_hash,
-    psnr,
-    rdlv,
-    replace_missing,
-    ssim,
-    to_psnr,
-)
-from fedsec.metrics.reidentification import label_rows, rank_in_gallery, reidentification
-from fedsec.metrics.statistics import bootstrap, proportion, weighted_mean, weighted_median
+from fedsec.metrics.encoder import PublicEncoder
+from fedsec.metrics.features import Embed, compare_features, diagnosis
+from fedsec.metrics.image import largest_rdlv, mse, nearest_public_psnr, pixel_hash, psnr, rdlv, ssim
+from fedsec.metrics.limits import mean_mse_psnr
+from fedsec.metrics.pairs import Pairs, label_recovery, pair_up
+from fedsec.metrics.reidentification import Galleries, draw_galleries, reidentification
+from fedsec.metrics.statistics import bootstrap, proportion, weighted_median
 from fedsec.types import Estimate, Reconstruction
 
 PSNR_MARKS = (20, 25, 30, 40)
 SSIM_MARKS = (0.5, 0.7, 0.9)
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """Every attacked image beside the reconstruction matched to it."""
-
-    images: Tensor
-    """(N, C, H, W) clamped; the prior where nothing was recovered."""
-    truths: Tensor
-    labels: Tensor
-    victim: NDArray[np.int64]
-    """(N,) the victim batch of each image."""
-    missing: NDArray[np.bool_]
-    label_right: NDArray[np.bool_]
-    """(N,) the matched reconstruction carries the true label."""
-    labels_found: NDArray[np.bool_]
-    """(N,) as many hits in each batch as true labels are in its recovered multiset."""
-    surplus: int
-    """Reconstructions that no true image was left for."""
+NULL_DRAWS = 20
+"""Sets of strangers behind `rdlv_max_null`."""
+MAX_SIMILARITIES = 4096
+"""Pairs of one victim batch up to which `rdlv_max` looks at all of them."""
+Table = dict[str, Any]
 
 
 def summarise_reconstructions(
@@ -59,8 +36,10 @@ def summarise_reconstructions(
     generator: np.random.Generator,
     gallery_images: Tensor | None = None,
     gallery_labels: Tensor | None = None,
+    victim_features: Embed | None = None,
+    encoder: PublicEncoder | None = None,
     draws: int = 10_000,
-) -> dict[str, Any]:
+) -> Table:
     """Leakage of one run, with the public mean image μ as the attacker's prior.
 
     Args:
@@ -72,112 +51,135 @@ def summarise_reconstructions(
         gallery_images: (P, C, H, W) in [0, 1] for re-identification, none of an attacked image's patient. Public
             ones are left out.
         gallery_labels: (P,) or (P, L).
+        victim_features: penultimate features of the attacked model.
+        encoder: trained on public images.
         draws: bootstrap draws.
 
     Returns:
-        Estimates `psnr` (median), `psnr_of_mean_mse`, `ssim` (median), `prior_psnr` and `prior_ssim` (of μ),
-        `nearest_public_psnr`, `rdlv`, `label_accuracy` (of each batch's multiset of labels), `label_exact` (share of
-        batches with a perfect multiset), `label_accuracy_matched` (per image, after matching); `success`, shares of
-        images; the `reid_*` keys of `reidentification`, and `reid_prior_auc`, the same for μ, which must be at
-        chance; `n_missing` images without a finite reconstruction, for which μ counts, and `n_surplus`
-        reconstructions beyond the true images; `images`, one row an image. Whole victim batches are resampled, and
-        are the `n` of an estimate. SSIM keys are absent below 11 pixels, `reid_*` keys without a gallery.
+        Estimates `psnr` (median), `psnr_of_mean_mse`, `ssim` (median), `prior_psnr`, `prior_psnr_of_mean_mse` and
+        `prior_ssim` (of μ), `nearest_public_psnr`, `rdlv`; the `label_*` keys of `pairs.label_recovery`; `success`,
+        shares of images; the `reid_*` keys of `reidentification`, and `reid_prior_auc`, the same for μ, which must be
+        at chance; `rdlv_max` with its null; the keys of `features`, and `reid_encoder_*`, where there is a network;
+        `n_missing` images without a finite reconstruction, for which μ counts, and `n_surplus` reconstructions beyond
+        the true images; `images`, one row an image. Whole victim batches are resampled, and are the `n` of an
+        estimate. SSIM keys are absent below 11 pixels, `reid_*` keys without a gallery.
     """
     if not len(public_images):
         raise ValueError("the public set is empty; without a prior a PSNR says nothing about leakage")
     prior = public_images.detach().double().mean(0).cpu()
     pairs = pair_up(reconstructions, truths, labels, prior)
-    priors = prior.expand_as(pairs.truths)
-    victim, nearest = pairs.victim, nearest_public_psnr(pairs.truths, public_images.cpu()).numpy()
-    errors, dB = mse(pairs.images, pairs.truths).numpy(), psnr(pairs.images, pairs.truths).numpy()
-
-    def median(values: ArrayLike) -> Estimate:
-        return bootstrap(weighted_median, values, generator=generator, draws=draws, groups=victim)
-
-    def mean_mse_psnr(values: ArrayLike, weights: ArrayLike | None = None) -> Any:
-        return to_psnr(torch.as_tensor(weighted_mean(values, weights))).numpy()
-
-    result: dict[str, Any] = {
-        "psnr": median(dB),
-        "psnr_of_mean_mse": bootstrap(mean_mse_psnr, errors, generator=generator, draws=draws, groups=victim),
-        "prior_psnr": median(psnr(priors, pairs.truths).numpy()),
-        "nearest_public_psnr": median(nearest),
-        "label_accuracy": proportion(pairs.labels_found, victim),
-        "label_exact": proportion([pairs.labels_found[victim == v].all() for v in np.unique(victim)]),
-        "label_accuracy_matched": proportion(pairs.label_right, victim),
-        "n_missing": int(pairs.missing.sum()),
-        "n_surplus": pairs.surplus,
-    }
-    success = {f"psnr_{mark}": proportion(dB >= mark, victim) for mark in PSNR_MARKS}
-    if not np.isnan(nearest).all():
-        success["beats_nearest_public"] = proportion(dB > nearest, victim)
-    rows: list[dict[str, Any]] = [
-        {"victim": int(v), "psnr": float(value), "missing": bool(gone)}
-        for v, value, gone in zip(victim, dB, pairs.missing, strict=True)
+    measure = _Measure(pairs, prior.expand_as(pairs.truths), generator, draws)
+    rows: list[Table] = [
+        {"victim": int(v), "missing": bool(gone)} for v, gone in zip(pairs.victim, pairs.missing, strict=True)
     ]
-    similarity, prior_similarity = ssim(pairs.images, pairs.truths), ssim(priors, pairs.truths)
-    if similarity is not None and prior_similarity is not None:
-        result["ssim"] = median(similarity.numpy())
-        result["prior_ssim"] = median(prior_similarity.numpy())
-        result["rdlv"] = median(rdlv(similarity, prior_similarity).numpy())
-        success |= {f"ssim_{mark}": proportion(similarity.numpy() >= mark, victim) for mark in SSIM_MARKS}
-        for row, value in zip(rows, similarity.tolist(), strict=True):
-            row["ssim"] = value
+    result = measure.closeness(public_images.cpu(), rows) | measure.similarity(rows)
+    success = result.pop("success") | result.pop("success_ssim", {})
+    result |= label_recovery(reconstructions, labels, pairs)
     if gallery_images is not None and gallery_labels is not None:
         public = set(pixel_hash(public_images))
         private = [row for row, digest in enumerate(pixel_hash(gallery_images)) if digest not in public]
-        gallery = gallery_images[private].cpu(), gallery_labels[private].cpu()
-        found, ranks = _identify(pairs, pairs.images, gallery, generator, draws)
-        result |= found
-        null, _ = _identify(pairs, priors, gallery, generator, draws)
-        result |= {"reid_prior_auc": null["reid_auc"]} if "reid_auc" in null else {}
-        for row, rank in zip(rows, ranks, strict=True):
+        candidates = gallery_images[private].cpu(), gallery_labels[private].cpu()
+        galleries = draw_galleries(pairs.truths, pairs.labels, *candidates, generator=generator)
+        result |= measure.identification(galleries, encoder, rows) | measure.best_of_many(galleries)
+    if victim_features is not None:
+        result |= measure.features("victim", victim_features)
+    if encoder is not None:
+        result |= measure.features("public", encoder.features)
+        result |= diagnosis(encoder.classify, pairs.images, pairs.truths, pairs.labels, pairs.victim)
+    counts = {"n_missing": int(pairs.missing.sum()), "n_surplus": pairs.surplus}
+    return complete(result | counts | {"success": success, "images": rows})
+
+
+def complete(table: Mapping[str, Any]) -> Table:
+    """The table itself; refused where a PSNR stands without that of the public mean image, and so says nothing."""
+    if "psnr" in table and "prior_psnr" not in table:
+        raise ValueError("a PSNR without prior_psnr says nothing about leakage: the public mean image scores well, too")
+    return dict(table)
+
+
+class _Measure:
+    """Attacked images, their reconstructions and the prior, with what every interval needs."""
+
+    def __init__(self, pairs: Pairs, priors: Tensor, generator: np.random.Generator, draws: int) -> None:
+        self.pairs, self.priors = pairs, priors
+        self.generator, self.draws = generator, draws
+
+    def median(self, values: ArrayLike) -> Estimate:
+        """Over images, whole batches resampled."""
+        more: Table = {"generator": self.generator, "draws": self.draws, "groups": self.pairs.victim}
+        return bootstrap(weighted_median, values, **more)
+
+    def share(self, hits: ArrayLike) -> Estimate:
+        """Of images."""
+        return proportion(hits, self.pairs.victim)
+
+    def closeness(self, public_images: Tensor, rows: list[Table]) -> Table:
+        """Squared error, beside that of the prior and of the most similar public image."""
+        pairs = self.pairs
+        dB, prior_dB = psnr(pairs.images, pairs.truths).numpy(), psnr(self.priors, pairs.truths).numpy()
+        nearest = nearest_public_psnr(pairs.truths, public_images).numpy()
+        success = {f"psnr_{mark}": self.share(dB >= mark) for mark in PSNR_MARKS}
+        if not np.isnan(nearest).all():
+            success["beats_nearest_public"] = self.share(dB > nearest)
+        for row, value, prior_value in zip(rows, dB.tolist(), prior_dB.tolist(), strict=True):
+            row |= {"psnr": value, "prior_psnr": prior_value}
+        more: Table = {"generator": self.generator, "draws": self.draws, "groups": pairs.victim}
+        return {
+            "psnr": self.median(dB),
+            "psnr_of_mean_mse": bootstrap(mean_mse_psnr, mse(pairs.images, pairs.truths).numpy(), **more),
+            "prior_psnr": self.median(prior_dB),
+            "prior_psnr_of_mean_mse": bootstrap(mean_mse_psnr, mse(self.priors, pairs.truths).numpy(), **more),
+            "nearest_public_psnr": self.median(nearest),
+            "success": success,
+        }
+
+    def similarity(self, rows: list[Table]) -> Table:
+        """Structural similarity; nothing below 11 pixels."""
+        found, prior = ssim(self.pairs.images, self.pairs.truths), ssim(self.priors, self.pairs.truths)
+        if found is None or prior is None:
+            return {}
+        for row, value in zip(rows, found.tolist(), strict=True):
+            row["ssim"] = value
+        return {
+            "ssim": self.median(found.numpy()),
+            "prior_ssim": self.median(prior.numpy()),
+            "rdlv": self.median(rdlv(found, prior).numpy()),
+            "success_ssim": {f"ssim_{mark}": self.share(found.numpy() >= mark) for mark in SSIM_MARKS},
+        }
+
+    def identification(self, galleries: Galleries, encoder: PublicEncoder | None, rows: list[Table]) -> Table:
+        """Does a reconstruction point at its patient: by pixels, and by features where there is an encoder."""
+        ranks, null = galleries.ranks(self.pairs.images), galleries.ranks(self.priors)
+        more: Table = {"generator": self.generator, "draws": self.draws, "groups": self.pairs.victim}
+        result: Table = dict(reidentification(ranks, **more))
+        for row, rank in zip(rows, ranks.rank, strict=True):
             row["rank"] = None if np.isnan(rank) else float(rank)
-    return result | {"success": success, "images": rows}
+        if "reid_auc" not in result:
+            return result
+        result["reid_prior_auc"] = reidentification(null, **more)["reid_auc"]
+        if encoder is not None:
+            seen = reidentification(galleries.ranks(self.pairs.images, encoder.features), **more)
+            unseen = reidentification(galleries.ranks(self.priors, encoder.features), **more)
+            result |= {f"reid_encoder_{key}": seen[f"reid_{key}"] for key in ("rank1", "auc")}
+            result["reid_encoder_prior_auc"] = unseen["reid_auc"]
+        return result
 
+    def best_of_many(self, galleries: Galleries) -> Table:
+        """The largest RDLV of any reconstruction with any image of its batch, and of strangers: never one alone."""
+        pairs, prior = self.pairs, self.priors[0]
+        batches = [np.flatnonzero(pairs.victim == v) for v in np.unique(pairs.victim)]
+        if max(len(b) for b in batches) ** 2 > MAX_SIMILARITIES or not all(len(c) for c in galleries.chosen):
+            return {}
+        found = [largest_rdlv(pairs.images[b], pairs.truths[b], prior) for b in batches]
+        if None in found:
+            return {}
+        null = []
+        for _ in range(NULL_DRAWS):
+            others = galleries.images[[int(self.generator.choice(c)) for c in galleries.chosen]].to(pairs.truths)
+            null.append(max(largest_rdlv(pairs.images[b], others[b], prior) or 0.0 for b in batches))
+        return {"rdlv_max": max(v for v in found if v is not None), "rdlv_max_null": float(np.median(null))}
 
-def pair_up(
-    reconstructions: Sequence[Reconstruction], truths: Sequence[Tensor], labels: Sequence[Tensor], prior: Tensor
-) -> Pairs:
-    """Match each victim batch with its reconstruction; `prior` (C, H, W) stands in for what is missing."""
-    if not len(reconstructions) == len(truths) == len(labels) or not truths:
-        raise ValueError(
-            f"{len(reconstructions)} reconstructions and {len(labels)} label sets for {len(truths)} victim batches; "
-            "give one of each for every batch, and at least one batch"
-        )
-    images, missing, right, found, surplus = [], [], [], [], 0
-    for guess, truth, label in zip(reconstructions, truths, labels, strict=True):
-        if guess.images.shape[1:] != truth.shape[1:]:
-            raise ValueError(
-                f"{guess.method} returned images of shape {tuple(guess.images.shape[1:])}, not {tuple(truth.shape[1:])}"
-            )
-        repaired, broken = replace_missing(guess.images.detach().double().cpu(), prior)
-        assigned = match(repaired, truth.cpu())
-        wanted, offered = _as_tuples(label), _as_tuples(guess.labels)
-        hits = (Counter(wanted) & Counter(offered)).total()
-        images.append(torch.stack([prior.clamp(0, 1) if a is None else repaired[a] for a in assigned]))
-        missing += [a is None or bool(broken[a]) for a in assigned]
-        right += [a is not None and offered[a] == w for a, w in zip(assigned, wanted, strict=True)]
-        found += [position < hits for position in range(len(wanted))]
-        surplus += max(0, len(repaired) - len(truth))
-    return Pairs(
-        torch.cat(images),
-        torch.cat([truth.detach().double().cpu() for truth in truths]),
-        torch.cat([label.cpu() for label in labels]),
-        np.repeat(np.arange(len(truths)), [len(truth) for truth in truths]),
-        np.array(missing),
-        np.array(right),
-        np.array(found),
-        surplus,
-    )
-
-
-def _identify(
-    pairs: Pairs, images: Tensor, gallery: tuple[Tensor, Tensor], generator: np.random.Generator, draws: int
-) -> tuple[Mapping[str, Any], NDArray[np.float64]]:
-    ranks = rank_in_gallery(images, pairs.truths, pairs.labels, *gallery, generator=generator)
-    return reidentification(ranks, generator=generator, draws=draws, groups=pairs.victim), ranks.rank
-
-
-def _as_tuples(labels: Tensor) -> list[tuple[int, ...]]:
-    return [tuple(row) for row in label_rows(labels).tolist()]
+    def features(self, name: str, embed: Embed) -> Table:
+        """Squared difference of features."""
+        more: Table = {"generator": self.generator, "draws": self.draws, "groups": self.pairs.victim}
+        return dict(compare_features(name, embed, self.pairs.images, self.priors, self.pairs.truths, **more))

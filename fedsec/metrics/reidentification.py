@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
@@ -19,7 +22,7 @@ _SAME_DISTANCE = 1e-12
 
 @dataclass(frozen=True)
 class Ranks:
-    """Where the true image comes among its gallery, ordered by pixel MSE to the reconstruction."""
+    """Where the true image comes among its gallery, ordered by distance to the reconstruction."""
 
     rank: NDArray[np.float64]
     """(B,) from 1, the nearest; images at equal distance share their mean rank. NaN without candidates."""
@@ -27,8 +30,36 @@ class Ranks:
     """(B,) N: the true image and its candidates."""
 
 
-def rank_in_gallery(
-    reconstructions: Tensor,
+@dataclass(frozen=True)
+class Galleries:
+    """For each attacked image those that it has to be told from."""
+
+    truths: Tensor
+    """(B, C, H, W) the attacked images."""
+    images: Tensor
+    """(P, C, H, W)."""
+    chosen: tuple[NDArray[np.int64], ...]
+    """For each attacked image its candidates, as rows of `images`."""
+
+    def ranks(self, reconstructions: Tensor, embed: Callable[[Tensor], Tensor] | None = None) -> Ranks:
+        """Rank of each truth by pixel MSE or, with features (B, F) of images, by their cosine."""
+        if embed is None:
+            to_truth, to_others = mse(reconstructions, self.truths), pairwise_mse(reconstructions, self.images)
+        else:
+            directions = (F.normalize(embed(x).double()) for x in (reconstructions, self.truths, self.images))
+            guess, truth, others = directions
+            to_truth, to_others = 1 - (guess * truth).sum(1), 1 - guess @ others.T
+        nearest, distance = to_truth.cpu().numpy(), to_others.cpu().numpy()
+        ranks = []
+        for row, candidates in enumerate(self.chosen):
+            distances = distance[row, candidates]
+            equal = np.abs(distances - nearest[row]) < _SAME_DISTANCE
+            nearer = (distances < nearest[row]) & ~equal
+            ranks.append(1 + nearer.sum() + equal.sum() / 2 if len(candidates) else np.nan)
+        return Ranks(np.array(ranks, dtype=np.float64), np.array([len(c) + 1 for c in self.chosen], dtype=np.int64))
+
+
+def draw_galleries(
     truths: Tensor,
     labels: Tensor,
     gallery_images: Tensor,
@@ -36,25 +67,16 @@ def rank_in_gallery(
     *,
     generator: np.random.Generator,
     size: int = GALLERY_SIZE,
-) -> Ranks:
-    """Rank of each truth among at most `size` − 1 gallery images of its class, drawn at random, and itself.
+) -> Galleries:
+    """At most `size` − 1 gallery images of each truth's class, drawn at random; with itself a gallery of `size`.
 
     Gallery: (P, C, H, W) and (P,) or (P, L); none public, none of an attacked image's patient. Images with the
     truth's very pixels are left out. For several labels, "its class" is the same set of labels.
     """
     same_class = (label_rows(labels)[:, None] == label_rows(gallery_labels)).all(-1)
     allowed = same_class & ~identical(truths, gallery_images)
-    to_truth = mse(reconstructions, truths).cpu().numpy()
-    to_others = pairwise_mse(reconstructions, gallery_images).cpu().numpy()
-    ranks, sizes = [], []
-    for row, candidates in enumerate(allowed.numpy()):
-        chosen = generator.permutation(np.flatnonzero(candidates))[: size - 1]
-        distances = to_others[row, chosen]
-        equal = np.abs(distances - to_truth[row]) < _SAME_DISTANCE
-        nearer = (distances < to_truth[row]) & ~equal
-        ranks.append(1 + nearer.sum() + equal.sum() / 2 if len(chosen) else np.nan)
-        sizes.append(len(chosen) + 1)
-    return Ranks(np.array(ranks, dtype=np.float64), np.array(sizes, dtype=np.int64))
+    chosen = tuple(generator.permutation(np.flatnonzero(row))[: size - 1] for row in allowed.numpy())
+    return Galleries(truths, gallery_images, chosen)
 
 
 def reidentification(
@@ -80,6 +102,22 @@ def reidentification(
         "reid_median_rank": float(np.median(rank)),
         "reid_gallery": int(size.min()),
     }
+
+
+def identifies(found: Mapping[str, Any]) -> bool:
+    """Do the reconstructions point at their patients, in pixels or in features, by the whole of an interval?
+
+    The mean rank must beat both 0.5 and what the public mean image reaches in the same galleries, or the share of
+    first places twice its chance: a single lucky hit in 20 would do for once.
+    """
+    for kind in ("reid_", "reid_encoder_"):
+        rank1, auc = found.get(f"{kind}rank1"), found.get(f"{kind}auc")
+        null = found.get(f"{kind}prior_auc")
+        if rank1 is not None and rank1.low > 2 * found["reid_chance"]:
+            return True
+        if auc is not None and auc.low > max(0.5, null.value if null is not None else 0.5):
+            return True
+    return False
 
 
 def label_rows(labels: Tensor) -> Tensor:

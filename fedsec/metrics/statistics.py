@@ -161,32 +161,38 @@ def two_level_bootstrap(
     level: float = 0.95,
     *,
     generator: np.random.Generator,
+    groups_by_seed: Sequence[ArrayLike] | None = None,
 ) -> Estimate:
     """Median or mean of all values with an interval that counts both seeds and images as random.
 
-    Each draw picks as many seeds as there are, with replacement, then images within each picked seed. `n` is the
-    number of values. Plain percentiles: with the usual three seeds the spread between seeds is known only roughly.
+    Each draw picks as many seeds as there are, with replacement, then images within each picked seed, or whole groups
+    of them where `groups_by_seed` is given. `n` is the number of values, or of groups. Plain percentiles: with the
+    usual three seeds the spread between seeds is known only roughly.
     """
     seeds = [np.asarray(values, dtype=np.float64) for values in values_by_seed if len(np.asarray(values))]
     if not seeds:
         return Estimate(float("nan"), float("nan"), float("nan"), 0)
-    pooled, measure = np.concatenate(seeds), {"median": weighted_median, "mean": weighted_mean}[statistic]
-    value, n = float(measure(pooled)), len(pooled)
-    if n < MIN_IMAGES or value != value:
-        return Estimate(value, float("nan"), float("nan"), n)
-    sizes = np.array([len(values) for values in seeds])
+    names = [None] * len(seeds) if groups_by_seed is None else [g for g in groups_by_seed if len(np.asarray(g))]
+    units = [_units(len(values), group) for values, group in zip(seeds, names, strict=True)]
+    sizes = np.array([count for _, count in units])
     offsets = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+    unit = np.concatenate([index + start for (index, _), start in zip(units, offsets, strict=True)])
+    pooled, measure = np.concatenate(seeds), {"median": weighted_median, "mean": weighted_mean}[statistic]
+    value, n = float(measure(pooled)), int(sizes.sum())
+    enough = len(pooled) >= MIN_IMAGES and n >= MIN_GROUPS
+    if not enough or value != value:
+        return Estimate(value, float("nan"), float("nan"), n)
     sampled = []
-    block = max(1, _BLOCK // n)
+    block = max(1, _BLOCK // len(pooled))
     for start in range(0, draws, block):
         d = min(block, draws - start)
         weights = np.zeros(n * d)
         for _ in seeds:
             seed = generator.integers(len(seeds), size=d)
-            images = np.floor(generator.random((sizes.max(), d)) * sizes[seed]).astype(np.int64)
-            places = (offsets[seed] + images) * d + np.arange(d)
+            drawn = np.floor(generator.random((sizes.max(), d)) * sizes[seed]).astype(np.int64)
+            places = (offsets[seed] + drawn) * d + np.arange(d)
             weights += np.bincount(places[np.arange(sizes.max())[:, None] < sizes[seed]], minlength=n * d)
-        sampled.append(measure(pooled, weights.reshape(n, d)))
+        sampled.append(measure(pooled, weights.reshape(n, d)[unit]))
     low, high = np.quantile(np.concatenate(sampled), [(1 - level) / 2, (1 + level) / 2])
     return Estimate(value, float(low), float(high), n)
 

@@ -141,3 +141,15 @@ def check_size(name: str, image_size: int, smallest: int, hint: str = "") -> Non
     """
     if image_size < smallest:
         raise ConfigError(f"{name}: images of {image_size} pixels are too small, it needs {smallest}{hint}")
+
+
+def last_linear(model: nn.Module) -> str:
+    """Name of the fully connected layer that makes the logits: the last one of the model.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    found: list[str] = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if not found:
+        raise ConfigError(f"{type(model).__name__} has no fully connected layer")
+    return found[-1]

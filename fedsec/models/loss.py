@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedsec.types import Task
@@ -30,3 +31,28 @@ def task_loss(task: Task) -> Callable[[Tensor, Tensor], Tensor]:
 def probabilities(logits: Tensor, task: Task) -> Tensor:
     """Scores in [0, 1]: a softmax over classes, or a sigmoid for each label."""
     return torch.sigmoid(logits) if task == "multilabel" else torch.softmax(logits, dim=1)
+
+
+class Penalised(nn.Module):
+    """A layer that adds a term of its own to the loss, such as a divergence from a prior."""
+
+    terms: list[Tensor] | None = None
+
+    def add_penalty(self, term: Tensor) -> None:
+        """To be called in `forward`; `term` is a mean over the batch, and is dropped where nobody trains."""
+        if self.terms is not None:
+            self.terms.append(term)
+
+
+@contextmanager
+def penalties(model: nn.Module) -> Iterator[list[Tensor]]:
+    """The terms that forward passes inside the block add to the loss; none for most models."""
+    owners = [m for m in model.modules() if isinstance(m, Penalised)]
+    terms: list[Tensor] = []
+    for owner in owners:
+        owner.terms = terms
+    try:
+        yield terms
+    finally:
+        for owner in owners:
+            owner.terms = None

@@ -40,7 +40,7 @@ def test_the_main_job(folder: Path) -> None:
         assert {"utility", "leakage", "cost", "assumptions"} <= cell.keys()
         assert set(cell["utility"]["auc"]) == {"value", "low", "high", "n"}
         assert cell["leakage"]["prior_psnr"]["value"] is not None
-        assert cell["assumptions"]["labels"] == "recovered"
+        assert cell["assumptions"]["labels"] in ("recovered", "set")  # under noise a set is tried
         assert set(cell["leakage"]["by_round"]) == {"1", "2"}
     assert none["leakage"]["psnr"]["value"] > 60  # LeNet, one image, one gradient: solved exactly
     assert dp["leakage"]["psnr"]["value"] < 40

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -17,7 +16,7 @@ from fedsec.federation.engines.serial import Serial
 from fedsec.federation.round import Seats, ServerState, run_round
 from fedsec.federation.strategy import FedSGD, Partial, Strategy
 from fedsec.models.loss import task_loss
-from fedsec.types import RoundContext, Seat, ServerView, Update
+from fedsec.types import Peers, RoundContext, Seat, ServerView, Update
 
 from . import toy
 
@@ -109,8 +108,10 @@ class Misbehave(Attack):
     def controls(self, num_clients: int) -> frozenset[int]:
         return frozenset({1})
 
-    def on_upload(self, update: Update, peers: Sequence[Update], ctx: RoundContext) -> Update:
-        assert {p.client for p in peers} == {0, 1, 2}
+    def on_upload(self, update: Update, peers: Peers, ctx: RoundContext) -> Update:
+        assert {p.client for p in peers.honest} == {0, 2}
+        assert {p.client for p in peers.own} == {1}
+        assert peers.clients == 3
         return self.forge(update)
 
 

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedsec.metrics.encoder import PublicEncoder
 from fedsec.metrics.image import nearest_public_psnr, psnr
-from fedsec.metrics.reconstruction import summarise_reconstructions
+from fedsec.metrics.reconstruction import complete, summarise_reconstructions
 from fedsec.types import Reconstruction, to_json
 
 BATCHES, SIZE = 12, 4
@@ -66,7 +67,8 @@ def test_every_key_of_the_specification():
     )
     assert found["n_missing"] == found["n_surplus"] == 0
     assert len(found["images"]) == BATCHES * SIZE
-    assert found["images"][5] == {"victim": 1, "psnr": 140.0, "missing": False, "ssim": pytest.approx(1), "rank": 1.0}
+    row = {"victim": 1, "psnr": 140.0, "missing": False, "ssim": pytest.approx(1), "rank": 1.0}
+    assert found["images"][5] == row | {"prior_psnr": pytest.approx(float(psnr(prior[5:6], truth[5:6])))}
     json.dumps(to_json(found), allow_nan=False)
 
 
@@ -159,6 +161,61 @@ def test_public_images_are_not_candidates():
         truths, truths, labels, public=public, gallery_images=public, gallery_labels=torch.zeros(len(public))
     )
     assert found["reid_left_out"] == BATCHES * SIZE and "reid_auc" not in found
+
+
+def test_a_row_without_its_prior_is_refused():
+    truths, labels = attacked()
+    found = summarise(truths, truths, labels)
+    assert complete(found) == found
+    del found["prior_psnr"]
+    with pytest.raises(ValueError, match="without prior_psnr"):
+        complete(found)
+
+
+def test_the_best_of_many_pairs_comes_with_its_chance_level():
+    """Reconstructions that have nothing to do with the truth: the maximum over pairs is large, and so is its null."""
+    truths, labels = attacked()
+    strangers = [images(SIZE, 1, 12, 12, seed=500 + b) for b in range(BATCHES)]
+    gallery = {"gallery_images": images(400, 1, 12, 12, seed=77), "gallery_labels": torch.arange(400) % 2}
+    unrelated = summarise(strangers, truths, labels, **gallery)
+    assert unrelated["rdlv_max"] > 0.1
+    assert unrelated["rdlv_max"] == pytest.approx(unrelated["rdlv_max_null"], rel=0.4)
+    exact = summarise(truths, truths, labels, **gallery)
+    assert exact["rdlv_max"] > 3 * exact["rdlv_max_null"]
+    assert "rdlv_max" not in summarise(truths, truths, labels)
+
+
+def test_features_and_identification_by_a_network():
+    truths, labels = attacked()
+    pool = images(400, 1, 12, 12, seed=77)
+    body = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(144, 8)).requires_grad_(False)
+    encoder = PublicEncoder(body, torch.nn.Linear(8, 2).requires_grad_(False), torch.zeros(8), 2, 400, 0.0)
+    found = summarise(
+        truths,
+        truths,
+        labels,
+        gallery_images=pool,
+        gallery_labels=torch.arange(400) % 2,
+        victim_features=lambda x: x.flatten(1),
+        encoder=encoder,
+    )
+    assert found["feature_mse_victim"].value == found["feature_mse_public"].value == 0
+    assert found["prior_feature_mse_victim"].value == pytest.approx(1 / 12, rel=0.2)
+    assert found["reid_encoder_rank1"].value == found["reid_encoder_auc"].value == 1
+    assert found["reid_encoder_prior_auc"].low < 0.5 < found["reid_encoder_prior_auc"].high
+    assert found["diagnosis_retained"].value == found["diagnosis_original"].value
+    assert found["diagnosis_chance"] == 0.5
+
+
+def test_label_sets():
+    truths, labels = attacked()
+    tried = [(torch.tensor([0, 0, 0, 0]), torch.tensor([1, 0, 1, 0])), (torch.tensor([1, 1, 1, 1]),)] * (BATCHES // 2)
+    guesses = tuple(Reconstruction(t, y[0], "test", label_set=y) for t, y in zip(truths, tried, strict=True))
+    public = images(50, 1, 12, 12, seed=99)
+    found = summarise_reconstructions(guesses, truths, labels, public, generator=rng(), draws=50)
+    assert found["label_set_coverage"].value == 0.5
+    assert found["label_set_size"] == 1.5
+    assert "label_set_size" not in summarise(truths, truths, labels)
 
 
 def test_without_a_prior_there_is_no_table():

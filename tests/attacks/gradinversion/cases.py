@@ -71,8 +71,8 @@ def mlp(pixels: int = 784, classes: int = 2) -> Normalised:
     return Normalised(nn.Sequential(*layers))
 
 
-def convnet() -> Normalised:
-    """The ConvNet with BatchNorm, 723,842 parameters."""
+def convnet(side: int = 28) -> Normalised:
+    """The ConvNet with BatchNorm, 723,842 parameters at 28 pixels."""
     torch.manual_seed(0)
     layers: list[nn.Module] = []
     before = 1
@@ -80,7 +80,7 @@ def convnet() -> Normalised:
         layers += [nn.Conv2d(before, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
         layers += [nn.MaxPool2d(3)] if i in (5, 7) else []
         before = width
-    return Normalised(nn.Sequential(*layers, nn.Flatten(), nn.Linear(1152, 2)))
+    return Normalised(nn.Sequential(*layers, nn.Flatten(), nn.Linear(128 * (side // 9) ** 2, 2)))
 
 
 def small_cnn(activation: type[nn.Module] = nn.ReLU, classes: int = 2, channels: int = 1) -> Normalised:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
+from fedsec.attacks.gradinversion import gauss_newton
+from fedsec.attacks.gradinversion import map_gauss_newton as module
+from fedsec.attacks.gradinversion.bound import bound
 from fedsec.attacks.gradinversion.candidate import Clock, NotApplicable
-from fedsec.attacks.gradinversion.features import recover_features
 from fedsec.attacks.gradinversion.gauss_newton import Problem, jacobian, minimise
 from fedsec.attacks.gradinversion.map_descent import map_descent
-from fedsec.attacks.gradinversion.map_gauss_newton import invert_features, map_gauss_newton, schedule
+from fedsec.attacks.gradinversion.map_gauss_newton import map_gauss_newton, schedule
 from fedsec.attacks.gradinversion.observation import Observation, observe
 from fedsec.attacks.gradinversion.prior import Prior, fit_prior, widen
-from torch import Tensor
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from fedsec.metrics.verdict import Standing, verdict
 
 from . import cases
 
@@ -42,6 +49,44 @@ def test_linear_problem_gives_the_posterior_mean(batch: int, blob_prior: Prior) 
     mean = blob_prior.mean.double().reshape(-1).repeat(batch)
     expected = mean + gain @ (problem.target[seen].double() - h @ mean)
     assert torch.allclose(blob_prior.synthesise(found.coordinates).double().reshape(-1), expected, atol=2e-4)
+
+
+@settings(deadline=None, max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 1000))
+def test_one_undamped_step_on_a_linear_problem_is_the_posterior_mean(seed: int, blob_prior: Prior) -> None:
+    """From any point; information form: (HᵀR⁻¹H + Λ⁻¹)·z = HᵀR⁻¹(t − H·μ)."""
+    draw = torch.Generator().manual_seed(seed)
+    matrix, target = torch.randn(40, 256, generator=draw), torch.randn(40, generator=draw)
+    problem = Problem(lambda x: matrix @ x.reshape(-1), target, 0.1 + torch.rand(40, generator=draw))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gauss_newton, "DAMPING", 0.0)
+        start = torch.randn(1, 256, generator=draw)
+        found = minimise(problem, blob_prior, start, Clock(60), max_iter=1)
+    h = (matrix @ blob_prior.basis).double()
+    weighted = h.T / problem.variance.double()
+    wanted = weighted @ (target - matrix @ blob_prior.mean.reshape(-1)).double()
+    expected = torch.linalg.solve(weighted @ h + (1 / blob_prior.variance.double()).diag(), wanted)
+    assert found.iterations == 1
+    assert torch.allclose(found.coordinates[0].double(), expected, atol=1e-4)
+
+
+def test_slopes_hold_at_kinks_and_batch_norm_where_finite_differences_do_not(blob_prior: Prior) -> None:
+    """Against autograd in float64: finite differences in float32 are no replacement on ReLU and BatchNorm."""
+    torch.manual_seed(0)
+    blocks = [nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU()]
+    for _ in range(5):
+        blocks += [nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU()]
+    model = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(4096, 2)).eval()
+    x = cases.blobs(1, seed=1).images
+    observation = cases.observation_of(model, x, cases.unlikely(model, x), blob_prior)
+    simulation, y = observation.simulation, cases.unlikely(model, x)
+    direction = torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(0))
+    exact = torch.autograd.functional.jvp(lambda z: simulation.double.flat(z, y), x.double(), direction.double())[1]
+    found = gauss_newton.derivatives(lambda z: simulation.flat(z, y), x, torch.zeros(1, dtype=torch.long), direction)[0]
+    ahead = simulation.flat(x + 1e-1 * direction, y) - simulation.flat(x - 1e-1 * direction, y)
+    cosine = nn.functional.cosine_similarity
+    assert float(cosine(found.double(), exact, 0)) > 0.999
+    assert float(cosine(ahead.double(), exact, 0)) < 0.99
 
 
 def test_jacobian_is_that_of_autograd(blob_prior: Prior) -> None:
@@ -121,23 +166,37 @@ def test_too_few_steps_are_not_privacy(blob_prior: Prior) -> None:
     assert any("directions" in note for note in cut.notes)
 
 
+@pytest.mark.slow
+def test_three_steps_on_a_trained_model_are_far_from_the_bound(
+    xrays: tuple[Tensor, Tensor],
+    xray_prior: Prior,
+    trained_lenet: cases.Normalised,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Specification, image 872 at noise 0.01: 49 dB or more; 30.6 after three steps, where the bound is 51.0."""
+    images, labels = xrays
+    x, y, plan = images[872:873], labels[872:873], cases.recipe()
+    delta = cases.upload(trained_lenet, x, y, plan)
+    std = 0.01 * float(delta.norm()) / len(delta) ** 0.5
+    noisy = delta + std * torch.randn(len(delta), generator=torch.Generator().manual_seed(7))
+    known = {"gaussian": {"noise": "gaussian", "noise_std": std}}
+    view = cases.view_of(trained_lenet, noisy, 1, plan, knowledge=known)
+    observation = observe(view, trained_lenet, xray_prior, (1, 28, 28))
+    (full,) = map_gauss_newton(observation, y, Clock(60))
+    allowed = bound(observation, x, y)
+    assert allowed is not None
+    assert cases.psnr(full.images, x) >= 49
+    monkeypatch.setattr(module, "schedule", lambda *_: [module._Stage(784, 0.0, 3, 1e-4)])
+    (cut,) = map_gauss_newton(observation, y, Clock(60))
+    prior_psnr, limit = cases.psnr(xray_prior.mean[None], x), -10 * math.log10(allowed.mse)
+    assert "attack failed" in verdict(Standing(cases.psnr(cut.images, x), prior_psnr, limit))
+
+
 def test_refuses_batches(blob_prior: Prior) -> None:
     data = cases.blobs(2, seed=1)
     observation = cases.observation_of(cases.lenet(shape=SHAPE), data.images, data.labels, blob_prior)
     with pytest.raises(NotApplicable, match="one image, not 2"):
         map_gauss_newton(observation, data.labels, Clock(5))
-
-
-def test_feature_inversion_beats_the_prior_through_max_pooling(blob_prior: Prior) -> None:
-    model, gains = cases.small_cnn(), []
-    for seed in range(1, 4):
-        data = cases.blobs(1, seed=seed)
-        observation = cases.observation_of(model, data.images, data.labels, blob_prior)
-        features = recover_features(observation, "net.9.weight", "net.9.bias")
-        found = invert_features(observation, features, data.labels, Clock(30))
-        gains.append(cases.psnr(found.images, data.images) - cases.psnr(blob_prior.mean[None], data.images))
-    assert min(gains) > 2
-    assert sum(gains) / 3 > 5
 
 
 def test_batches_of_equal_labels_come_apart(blob_prior: Prior) -> None:

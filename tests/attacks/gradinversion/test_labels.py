@@ -164,7 +164,8 @@ def test_set_covers_the_truth_on_a_trained_model(
     xrays: tuple[Tensor, Tensor], xray_prior: Prior, trained_lenet: cases.Normalised
 ) -> None:
     """On trained models the point estimate may not be trusted; the 95 % set holds the truth in at least 90 of 100."""
-    from fedsec.attacks.gradinversion.labels import class_moments, class_rates
+    from fedsec.attacks.gradinversion.label_evidence import bias_evidence, class_moments
+    from fedsec.attacks.gradinversion.labels import class_rates
 
     images, labels = xrays
     order = torch.randperm(len(images) - 2100, generator=torch.Generator().manual_seed(0)) + 2100
@@ -174,9 +175,10 @@ def test_set_covers_the_truth_on_a_trained_model(
         observation = cases.observation_of(trained_lenet, images[rows], labels[rows], xray_prior)
         bias = find_head(observation).bias
         assert bias is not None
-        total = 8 * observation.gradients[bias].double()
+        evidence = bias_evidence(observation, bias)
+        total = evidence.total
         rates = class_rates(observation, 2)
-        chosen = credible_counts(total[:-1], 8, class_moments(observation, bias), 0.0, rates)
+        chosen = credible_counts(total[:-1], 8, class_moments(observation, evidence), 0.0, rates)
         truth = torch.bincount(labels[rows], minlength=2).tolist()
         covered += truth in [counts for _, counts in chosen]
         exact += truth == chosen[0][1]

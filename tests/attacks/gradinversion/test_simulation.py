@@ -9,11 +9,14 @@ import torch
 from fedsec.attacks.gradinversion.observation import Observation, observe
 from fedsec.attacks.gradinversion.prior import Prior
 from fedsec.attacks.gradinversion.simulation import frozen_copy
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from fedsec import plugins
 from fedsec.types import PublicData
 
-from . import cases
+from . import cases, defended
 
 
 def relative(observation: Observation, x: Tensor, y: Tensor) -> float:
@@ -129,3 +132,64 @@ def test_differentiable_through_an_all_zero_clipped_gradient(blob_prior: Prior) 
     x = data.images.clone().requires_grad_(True)
     observation.simulation.flat(x, data.labels).sum().backward()
     assert bool(torch.isfinite(x.grad).all())
+
+
+STACKS = {
+    "none": 3,
+    "gaussian:clip=0.5,sigma=0": 3,
+    "laplace:clip=100,sigma=0": 3,
+    "dp:clip=5,noise_multiplier=1e-12": 3,
+    "topk:fraction=0.2": 3,
+    "gaussian:clip=0.5,sigma=0+topk:fraction=0.2": 3,
+    "soteria:fraction=0.4": 3,
+    # Whatever is drawn behind it, one image's gradients in front of the bottleneck follow from its own bias gradient.
+    "precode:size=16": 1,
+    "precode:size=16,beta=1+gaussian:clip=0.5,sigma=0": 1,
+}
+"""Defenses without their noise, and the largest batch for which nothing that they do is unknown."""
+
+
+@pytest.mark.parametrize("word", STACKS)
+@settings(deadline=None, max_examples=4)
+@given(data=st.data())
+def test_the_true_batch_explains_what_was_sent(word: str, data: st.DataObject) -> None:
+    """φ(x, y) = g through the hooks of a real round, for whatever was sent and can be known."""
+    seed = data.draw(st.integers(1, 1000), label="seed")
+    count = data.draw(st.integers(1, STACKS[word]), label="images")
+    shape, batch = (1, 16, 16), cases.blobs(count, seed=seed)
+    defenses = tuple(plugins.build("defenses", spec) for spec in plugins.parse_stack(word))
+    model = defended.prepared(cases.lenet(shape=shape, seed=seed), defenses)
+    y = cases.unlikely(model, batch.images)  # gradients far above the rounding of the parameters
+    table = defended.seats_of(model, defenses, cases.recipe(), size=1)
+    observation = observe(defended.view_of(table, [(batch.images, y)], seed=seed), model, PRIOR, shape)
+    # Where clipping has made the update small, the rounding of the parameters is coarser than a millionth of it.
+    assume(observation.relative_floor < 1e-5)  # a drawn code may leave next to no loss
+    # An L1 norm adds up all entries in float32, in an order that is not ours.
+    exact = 5e-6 if word.startswith("laplace") else 1e-6
+    assert relative(observation, batch.images, y) < max(exact, 2 * observation.relative_floor)
+
+
+PRIOR = cases.prior_of(cases.blobs(64))
+
+
+def test_the_divergence_of_a_bottleneck_is_part_of_the_loss() -> None:
+    """Several images: the draws are unknown, but where none is made, φ is exact with its term and wrong without it."""
+    (defense,) = (plugins.build("defenses", plugins.PluginSpec("precode", {"size": 16, "beta": 0.5})),)
+    model, batch = defended.prepared(cases.lenet(shape=(1, 16, 16)), (defense,)), cases.blobs(3, seed=1)
+    view = defended.view_of(defended.seats_of(model, (), cases.recipe()), [(batch.images, batch.labels)])
+    observation = observe(view, model, PRIOR, (1, 16, 16))
+    assert relative(observation, batch.images, batch.labels) < 1e-6
+    model.net[7].bottleneck.beta = 0.0  # type: ignore[union-attr, index]
+    assert relative(observe(view, model, PRIOR, (1, 16, 16)), batch.images, batch.labels) > 1e-3
+
+
+def test_plain_autograd_gives_the_same_where_the_simulation_stops_early() -> None:
+    """Parameters behind the stop have gradient zero in either way of differentiating."""
+    (defense,) = (plugins.build("defenses", plugins.PluginSpec("precode", {"size": 16})),)
+    model, batch = defended.prepared(cases.lenet(shape=(1, 16, 16)), (defense,)), cases.blobs(1, seed=1)
+    view = defended.view_of(defended.seats_of(model, (defense,), cases.recipe()), [(batch.images, batch.labels)])
+    observation = observe(view, model, PRIOR, (1, 16, 16))
+    one = observation.simulation.flat(batch.images, batch.labels)
+    two = observation.eager.simulation.flat(batch.images, batch.labels)
+    torch.testing.assert_close(one, two.detach(), rtol=1e-5, atol=1e-6)
+    assert not one[observation.weights == 0].any()
