@@ -16,7 +16,7 @@ import torch
 from scipy.special import ndtri
 from torch import Tensor
 
-from fedsec.robust.geometry import Geometry, measure
+from fedsec.robust.geometry import CHUNK, Geometry, combine, measure
 
 Direction = Literal["mean", "std", "sign"]
 LEAST_Z = 0.3
@@ -33,20 +33,23 @@ class Known:
     @cached_property
     def mean(self) -> Tensor:
         """m."""
-        total = self.updates[0].clone()
-        for update in self.updates[1:]:
-            total += update
-        return total / len(self.updates)
+        return combine(self.updates, [1 / len(self.updates)] * len(self.updates))
 
     @cached_property
     def std(self) -> Tensor:
         """σ; zero where only one update is known."""
+        mean = self.mean
+        out = torch.zeros_like(mean)
         if len(self.updates) < 2:
-            return torch.zeros_like(self.mean)
-        total = torch.zeros_like(self.mean)
-        for update in self.updates:  # row by row: much faster than a variance along the first axis
-            total += (update - self.mean).square_()
-        return (total / (len(self.updates) - 1)).sqrt_()
+            return out
+        away = torch.empty(min(CHUNK, len(mean)), dtype=mean.dtype, device=mean.device)
+        for start in range(0, len(mean), CHUNK):  # blocks that stay in the cache, row by row
+            centre, total = mean[start : start + CHUNK], out[start : start + CHUNK]
+            for update in self.updates:
+                torch.sub(update[start : start + CHUNK], centre, out=away[: len(centre)])
+                total.addcmul_(away[: len(centre)], away[: len(centre)])
+            total.div_(len(self.updates) - 1).sqrt_()
+        return out
 
     @cached_property
     def geometry(self) -> Geometry:

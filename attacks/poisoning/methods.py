@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedsec.errors import ConfigError
 from fedsec.robust.aggregator import RuleAggregator
-from fedsec.robust.rule import WeightRule
+from fedsec.robust.rule import CoordinateRule
 from fedsec.types import Peers, RoundContext, Update
 
 from . import crafted
@@ -84,9 +84,11 @@ def _mimicked(attack: Poisoning, peers: Peers, known: crafted.Known) -> Tensor:
 
 def _searched(attack: Poisoning, peers: Peers, known: crafted.Known) -> Tensor:
     rule = peers.aggregator.rule if isinstance(peers.aggregator, RuleAggregator) else None
-    if not isinstance(rule, WeightRule):
+    if rule is None:
         raise ConfigError(
-            "poisoning: rule_aware searches against a rule that weighs whole updates, such as krum or dos; put one "
-            "into --defense (fedavg for the plain mean), or choose another method"
+            "poisoning: rule_aware searches against a robust rule; put one into --defense (fedavg for the plain mean), "
+            "or choose another method"
         )
+    if attack.objective == "weight" and isinstance(rule, CoordinateRule):
+        raise ConfigError(f"poisoning: {rule.name} gives no weights; objective=deviation or reverse works against it")
     return search(known, rule, len(peers.own), attack.objective).row

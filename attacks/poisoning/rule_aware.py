@@ -2,22 +2,23 @@
 
 Every candidate is a combination of known rows, so its geometry follows from theirs by algebra; a rule that weighs
 whole updates decides on that, and the damage is a quadratic form. One evaluation costs n² operations, whatever the
-size of the model.
+size of the model. A rule that works by coordinate is tried on a sample of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedsec.robust.aggregator import safety_clip
-from fedsec.robust.geometry import Geometry, Matrix, measure
-from fedsec.robust.rule import Infeasible, Seen, WeightRule, assumed_f
+from fedsec.robust.aggregator import by_coordinate, safety_clip
+from fedsec.robust.geometry import Geometry, Matrix, combine, measure
+from fedsec.robust.rule import CoordinateRule, Infeasible, Rule, Seen, WeightRule, assumed_f
 
 from .crafted import Known
 
@@ -25,6 +26,8 @@ Objective = Literal["deviation", "reverse", "weight"]
 Family = Literal["ipm", "alie", "minmax_mean"]
 FAMILIES: tuple[Family, ...] = ("ipm", "alie", "minmax_mean")
 FACTORS = np.geomspace(0.05, 50, 14)
+SAMPLED = 100_000
+"""Coordinates on which a rule by coordinate is tried."""
 REFINEMENTS = 6
 """Further evaluations around the best factor; the objective jumps for rules that select, so no derivative helps."""
 
@@ -46,15 +49,23 @@ class Board:
     """The known rows and the directions, with their geometry: everything a search needs."""
 
     rows: tuple[Tensor, ...]
-    """h honest updates, then σ."""
+    """h honest updates, then σ where a family needs it."""
     geometry: Geometry
     honest: int
 
     @classmethod
-    def of(cls, known: Known) -> Board:
-        """Measure the honest updates and σ in one pass."""
-        rows = (*known.updates, known.std)
+    def of(cls, known: Known, families: Sequence[Family] = FAMILIES) -> Board:
+        """Measure the honest updates, and σ for ALIE's family, in one pass."""
+        rows = (*known.updates, known.std) if "alie" in families else known.updates
         return cls(rows, measure(rows), len(known.updates))
+
+    def sampled(self, seed: int = 0) -> Board:
+        """The same geometry, over rows of at most `SAMPLED` coordinates."""
+        length = len(self.rows[0])
+        if length <= SAMPLED:
+            return self
+        pick = torch.randperm(length, generator=torch.Generator().manual_seed(seed))[:SAMPLED].sort().values
+        return replace(self, rows=tuple(row[pick.to(row.device)] for row in self.rows))
 
     def mean(self) -> NDArray[np.float64]:
         """m as coefficients on the rows."""
@@ -78,21 +89,27 @@ class Board:
 
 
 def damage(
-    board: Board, rule: WeightRule, row: NDArray[np.float64], malicious: int, objective: Objective, seed: int = 0
+    board: Board, rule: Rule, row: NDArray[np.float64], malicious: int, objective: Objective, seed: int = 0
 ) -> float:
     """The objective if `malicious` clients send this row, with safety clip and rule applied as the server does.
 
     deviation: ‖A − m‖/‖m‖. reverse: −⟨A, m⟩/‖m‖². weight: the attackers' share.
+
+    Args:
+        board: for a rule by coordinate one whose rows are `sampled`; its objective is taken over these coordinates.
     """
     h, n = board.honest, board.honest + malicious
     sent = np.zeros((n, len(board.rows)))
     sent[:h, :h] = np.eye(h)
     sent[h:] = row
-    geometry = _combined(board.geometry, sent)
+    geometry = _combined(board.geometry, sent, h)
     clips = np.array(safety_clip(geometry.norms, rule.kappa)[0])
     f, _ = assumed_f(rule, n)
     shares = np.full(n, 1 / n)
     seen = Seen(geometry.scaled(clips), tuple(range(n)), shares, f, np.random.default_rng(seed))
+    if isinstance(rule, CoordinateRule):
+        return _sampled_damage(board, rule, row, list(clips), seen, objective)
+    assert isinstance(rule, WeightRule)
     try:
         weights = rule.decide(seen).coefficients[:n] * clips if rule.feasible(n, f) else np.zeros(n)
     except Infeasible:
@@ -107,12 +124,30 @@ def damage(
     return board.geometry.norm_of(aggregate - mean) / norm
 
 
-def _combined(geometry: Geometry, sent: Matrix) -> Geometry:
-    """The geometry of the rows Σ_k B_ik z_k, for rows whose coefficients need not have equal sums."""
+def _sampled_damage(
+    board: Board, rule: CoordinateRule, row: NDArray[np.float64], clips: list[float], seen: Seen, objective: Objective
+) -> float:
+    """What the rule does on the board's coordinates; norms and choices are those of whole updates."""
+    honest = list(board.rows[: board.honest])
+    forged = combine(board.rows, list(row))
+    mean = combine(honest, [1 / board.honest] * board.honest)
+    try:
+        if not rule.feasible(seen.n, seen.f):
+            raise Infeasible
+        aggregate, _ = by_coordinate(rule, [*honest, *[forged] * (seen.n - board.honest)], clips, seen)
+    except Infeasible:
+        aggregate = torch.zeros_like(mean)
+    norm = max(float(mean.norm()), 1e-30)
+    if objective == "reverse":
+        return -float(torch.dot(aggregate, mean)) / norm**2
+    return float((aggregate - mean).norm()) / norm
+
+
+def _combined(geometry: Geometry, sent: Matrix, h: int) -> Geometry:
+    """The geometry of the rows Σ_k B_ik z_k, whose coefficients need not have equal sums; the first h are z_1 … z_h."""
     products = sent @ geometry.products @ sent.T
     diagonal = np.diagonal(products)
     squared = np.maximum(0.0, diagonal[:, None] + diagonal - 2 * products)
-    h = len(geometry) - 1
     squared[:h, :h] = geometry.squared_distances[:h, :h]  # the honest ones keep their digits
     equal = (sent[:, None] == sent[None]).all(2)
     squared[equal] = 0.0
@@ -124,7 +159,7 @@ def _combined(geometry: Geometry, sent: Matrix) -> Geometry:
 
 def search(
     known: Known,
-    rule: WeightRule,
+    rule: Rule,
     malicious: int,
     objective: Objective = "deviation",
     families: Sequence[Family] = FAMILIES,
@@ -133,9 +168,11 @@ def search(
 
     Args:
         known: the honest updates the adversary knows. rule: the server's. malicious: rows it may send, all alike.
-        objective: what it wants. families: kinds of rows to try.
+        objective: what it wants; rules by coordinate give no weights. families: kinds of rows to try.
     """
-    board = Board.of(known)
+    board = whole = Board.of(known, families)
+    if isinstance(rule, CoordinateRule):
+        board = whole.sampled()
     evaluations = 0
 
     def value_of(family: Family) -> Callable[[float], float]:
@@ -161,7 +198,5 @@ def search(
         factor = max(tried, key=lambda f: tried[f])
         best = max(best, (tried[factor], family, factor))
     value_found, family, factor = best
-    coefficients = board.candidate(family, factor)
-    row = sum(float(c) * z for c, z in zip(coefficients, board.rows, strict=True) if c != 0)
-    assert isinstance(row, Tensor)
+    row = combine(whole.rows, list(whole.candidate(family, factor)))
     return Found(row, family, factor, value_found, evaluations)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedsec.defense import Aggregation, Aggregator
-from fedsec.robust.geometry import NOT_MEASURED, Vector, combine, measure
+from fedsec.robust.geometry import NOT_MEASURED, Vector, combine, distances_from, measure
 from fedsec.robust.order import columns_of, middle, order_mean
 from fedsec.robust.presteps import mixing_matrix
 from fedsec.robust.rule import CoordinateRule, Infeasible, Rule, Seen, Weighing, WeightRule, assumed_f
@@ -145,8 +145,7 @@ def by_coordinate(
 
         fill = mixed
     delta = rule.reduce(fill, count, rows[0].numel(), seen.f, rows[0].device)
-    distances = [float(torch.dist(row * clip, delta)) for row, clip in zip(rows, clips, strict=True)]
-    return delta, Weighing(np.zeros(len(rows)), np.array(distances))
+    return delta, Weighing(np.zeros(len(rows)), distances_from(rows, delta, clips))
 
 
 def safety_clip(norms: Vector, kappa: float) -> tuple[list[float], list[str]]:

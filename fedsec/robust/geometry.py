@@ -228,6 +228,26 @@ def _differences(a: Tensor, b: Tensor, scale_a: float, scale_b: float, chunk: in
 
 
 @torch.no_grad()
+def distances_from(rows: Sequence[Tensor], point: Tensor, factors: Sequence[float], chunk: int = CHUNK) -> Vector:
+    """(m,) ‖s_i u_i − p‖ in one pass, without a copy of any row.
+
+    Args:
+        rows: m tensors (d,). point: p (d,). factors: s_i. chunk: columns at once.
+    """
+    squares = np.zeros(len(rows))
+    scratch = torch.empty(min(chunk, point.numel()), dtype=torch.float32, device=point.device)
+    for start in range(0, point.numel(), chunk):
+        centre = point[start : start + chunk]
+        difference = scratch[: len(centre)]
+        for i, (row, factor) in enumerate(zip(rows, factors, strict=True)):
+            # centre − s·u: the subtraction takes a factor on its second term for nothing.
+            torch.sub(centre, row[start : start + chunk], alpha=factor, out=difference)
+            squares[i] += float(torch.dot(difference, difference))
+    distances: Vector = np.sqrt(squares)
+    return distances
+
+
+@torch.no_grad()
 def combine(rows: Sequence[Tensor], coefficients: Sequence[float], chunk: int = CHUNK) -> Tensor:
     """Σ_i c_i u_i (d,) float32; rows with a zero coefficient are not read."""
     used = [(row, float(c)) for row, c in zip(rows, coefficients, strict=True) if c != 0]

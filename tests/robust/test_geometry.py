@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.distance import cdist
 
-from fedsec.robust.geometry import combine, measure
+from fedsec.robust.geometry import combine, distances_from, measure
 from tests.robust.cases import rows
 
 
@@ -105,6 +105,14 @@ def test_chunks_do_not_matter(chunk: int) -> None:
     weights = [0.5, 0.0, -1.0, 2.0, 0.25]
     expected = np.asarray(weights) @ x.astype(np.float64)
     np.testing.assert_allclose(combine(tensors, weights, chunk=chunk).double().numpy(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [7, 64, 1000])
+def test_distances_from_a_point(chunk: int) -> None:
+    x = torch.randn(4, 300, generator=torch.Generator().manual_seed(3))
+    point, factors = x[0] * 0.5 + 1, [1.0, 0.5, 2.0, 0.1]
+    expected = [float((f * row.double() - point.double()).norm()) for f, row in zip(factors, x, strict=True)]
+    np.testing.assert_allclose(distances_from(list(x), point, factors, chunk), expected, rtol=1e-6)
 
 
 def test_no_row_is_modified() -> None:

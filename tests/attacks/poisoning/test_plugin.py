@@ -22,9 +22,9 @@ from tests.federation import toy
 SIZES = (24, 17, 32, 20, 28, 16, 30)
 
 
-def run(attack: Poisoning, rounds: int = 1, rule: Any = None, seed: int = 0) -> tuple[Any, list[Any]]:
+def run(attack: Poisoning, rounds: int = 1, rule: Any = Krum(declared_f=1), seed: int = 0) -> tuple[Any, list[Any]]:
     data = toy.clients(SIZES)
-    table = toy.seats(aggregator=(rule or Krum(declared_f=1)).aggregator())
+    table = toy.seats(aggregator=rule.aggregator()) if rule is not None else toy.seats()
     plan = FederationPlan(table.recipe, rounds, SIZES)
     attack = attack.calibrate(plan, RoundContext(seed, 0, rounds))
     table = replace(table, attack=attack, malicious=attack.controls(len(SIZES)))
@@ -92,9 +92,16 @@ def test_own_knowledge_works_in_a_round() -> None:
         assert any(v > 0 for v in records[0].tampering.values())
 
 
-def test_rule_aware_needs_a_rule_that_weighs() -> None:
-    with pytest.raises(ConfigError, match="rule_aware"):
-        run(Poisoning(method="rule_aware", fraction=0.3), rule=Median())
+def test_rule_aware_works_against_a_rule_by_coordinate() -> None:
+    _, records = run(Poisoning(method="rule_aware", fraction=0.3), rule=Median())
+    assert any(v > 0 for v in records[0].tampering.values())
+
+
+def test_rule_aware_needs_a_rule() -> None:
+    with pytest.raises(ConfigError, match="rule_aware searches against a robust rule"):
+        run(Poisoning(method="rule_aware", fraction=0.3), rule=None)
+    with pytest.raises(ConfigError, match="median gives no weights"):
+        run(Poisoning(method="rule_aware", objective="weight", fraction=0.3), rule=Median())
 
 
 def test_a_binary_label_flip_stays_binary() -> None:
