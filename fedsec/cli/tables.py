@@ -55,7 +55,7 @@ def _attack(cells: Sequence[Result]) -> str:
 
 def _row(cell: Result, intervals: bool) -> dict[str, str]:
     utility, leakage, privacy = (cell.get(key, {}) for key in ("utility", "leakage", "privacy"))
-    leakage = complete(leakage)
+    leakage, robust = complete(leakage), cell.get("robustness", {})
     attacks = cell.get("attack")
     return {
         "attack": attacks["name"] if attacks else "",
@@ -63,6 +63,11 @@ def _row(cell: Result, intervals: bool) -> dict[str, str]:
         "seed": str(cell["seed"]),
         "test AUC": interval(utility.get("auc"), 3, bare=not intervals),
         "worst client": interval(utility.get("worst_client_auc"), 3, bare=True),
+        "sens@90": interval(utility.get("sensitivity_at_90_specificity"), 3, bare=True) if robust else "",
+        "attack success": percent(robust.get("attack_success_rate")),
+        "attackers' weight": weight_beside_fair(robust),
+        "detection": interval(robust.get("detection_auroc"), 2, bare=True),
+        "clients heard": interval(robust.get("effective_clients"), 1, bare=True),
         "PSNR dB": interval(leakage.get("psnr"), 1, bare=not intervals),
         "prior": interval(leakage.get("prior_psnr"), 1, bare=True),
         "nearest": interval(leakage.get("nearest_public_psnr"), 1, bare=True),
@@ -89,6 +94,12 @@ def interval(estimate: Mapping[str, Any] | None, digits: int, bare: bool = False
     if bare or estimate["low"] is None:
         return text
     return f"{text} [{estimate['low']:.{digits}f}, {estimate['high']:.{digits}f}]"
+
+
+def weight_beside_fair(robust: Mapping[str, Any]) -> str:
+    """The malicious clients' share of the aggregate, and what equal weights would have given them."""
+    weight = interval(robust.get("attacker_weight"), 2, bare=True)
+    return f"{weight} (fair {robust['fair_share']:.2f})" if weight else ""
 
 
 def percent(estimate: Mapping[str, Any] | None) -> str:

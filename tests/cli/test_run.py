@@ -117,10 +117,22 @@ def test_processes_give_the_serial_result(folder: Path) -> None:
 
 def test_interrupted(folder: Path) -> None:
     words = [sys.executable, "-m", "fedsec", "run", *SMALL, "--rounds", "100000", "--out", "r"]
-    process = subprocess.Popen(words, cwd=folder, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    time.sleep(12)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    process = subprocess.Popen(
+        words,
+        cwd=folder,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        # A test run that was itself started in the background hands down an ignored SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    try:
+        assert process.stderr is not None
+        errors = process.stderr.readline()  # it has begun
+        process.send_signal(signal.SIGINT)
+        errors += process.communicate(timeout=120)[1]
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert "Traceback" not in errors and "interrupted" in errors
 

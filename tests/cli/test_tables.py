@@ -43,6 +43,21 @@ def test_a_row_without_its_prior_is_refused() -> None:
         results_table([broken])
 
 
+def test_a_rule_is_shown_with_what_it_prevents_and_what_it_costs() -> None:
+    robust = {
+        "attacker_weight": estimate(0.91),
+        "fair_share": 0.3,
+        "detection_auroc": estimate(0.04),
+        "effective_clients": estimate(3.47),
+        "attack_success_rate": estimate(0.62),
+    }
+    hit = {**cell(), "leakage": {}, "robustness": robust, "utility": {"sensitivity_at_90_specificity": estimate(0.805)}}
+    text = printed(hit)
+    for word in ("0.91 (fair 0.30)", "0.04", "3.5", "62 %", "0.805", "sens@90"):
+        assert word in text
+    assert "sens@90" not in printed({**cell(), "utility": hit["utility"]})
+
+
 def test_the_sentence_carries_verdict_and_identification() -> None:
     found = meaning([cell(reid_rank1=estimate(0.4), reid_chance=0.005), {**cell(), "leakage": {}}])
     assert found == ["none (seed 0): Leakage measured. 40% of the patients are re-identified (chance 0.5%)."]
