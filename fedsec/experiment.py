@@ -96,7 +96,7 @@ def run_cell(
             ctx=RoundContext(cell.seed, cell.federation.rounds, cell.federation.rounds).adversary(),
             device=federation.device,
             workers=usable_cores() if federation.device.type == "cpu" else 1,
-            progress=lambda done, total: progress.advance(done),
+            progress=lambda done, total: progress.advance(len(views) * done // max(1, total)),
             queries=tuple(queries),
         )
         progress.stage(f"{attack.name} against {cell.label()}", len(views))

@@ -9,6 +9,11 @@ import sys
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
+COMPILER = "torch._dynamo"
+"""Two thousand modules that `torch.optim` and `torch.func` import at their first use, 2 CPU-s: a fork server that has
+them spares every worker that time, and a search with a budget of CPU seconds its beginning."""
+
+
 def usable_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

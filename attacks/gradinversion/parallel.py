@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from fedsec.errors import RunError
+from fedsec.machine import COMPILER
 from fedsec.types import Reconstruction, ServerView, Target
 
 from .auto import reconstruct
@@ -95,7 +96,7 @@ def _run_pool(
     progress: Callable[[int, int], None],
 ) -> list[Result]:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload([__name__, COMPILER])
     # Everything travels as bytes: torch's own way through shared memory fills a container's small /dev/shm.
     with ProcessPoolExecutor(workers, context, _start, (pickle.dumps(work),)) as pool:
         futures = {pool.submit(_one, pickle.dumps(item)): i for i, item in enumerate(items)}

@@ -22,7 +22,7 @@ from torch import Tensor
 from fedsec.errors import FedsecError, RunError
 from fedsec.federation.engines.base import ClientData, Engine, reason
 from fedsec.federation.round import Reply, Seats, Turn, client_turn
-from fedsec.machine import prepare_for_small_networks, usable_cores
+from fedsec.machine import COMPILER, prepare_for_small_networks, usable_cores
 from fedsec.types import Payload, Update
 
 START_TIMEOUT = 120.0
@@ -46,7 +46,7 @@ class Processes(Engine):
         self.data = tuple((x.share_memory_(), y.share_memory_()) for x, y in data)
         self.timeout = timeout
         self.context = mp.get_context("forkserver")
-        self.context.set_forkserver_preload(["fedsec.federation.engines.processes"])
+        self.context.set_forkserver_preload(["fedsec.federation.engines.processes", COMPILER])
         # Row 0 is the common broadcast; each client's update comes back in its own row.
         self.broadcast = torch.empty(seats.sharing.params.size).share_memory_()
         self.deltas = torch.empty(len(data), seats.sharing.params.size).share_memory_()
