@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import importlib.metadata
 import importlib.util
+import math
 import re
 import typing
 import warnings
@@ -57,8 +58,9 @@ class PluginSpec:
         return cls(table["name"], {k: v for k, v in table.items() if k != "name"})
 
     def to_table(self) -> dict[str, Any]:
-        """The configuration table that `from_table` reads."""
-        return {"name": self.name, **self.params}
+        """The configuration table that `from_table` reads; an infinite number, which JSON lacks, as text."""
+        params = {k: str(v) if isinstance(v, float) and math.isinf(v) else v for k, v in self.params.items()}
+        return {"name": self.name, **params}
 
     def __str__(self) -> str:
         words = ",".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in self.params.items())

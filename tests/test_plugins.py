@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
@@ -11,7 +13,9 @@ from hypothesis import strategies as st
 from pydantic import Field
 
 from fedsec import plugins
+from fedsec.config import Cell
 from fedsec.errors import ConfigError
+from fedsec.files import write_json
 from fedsec.plugins import PluginSpec
 
 
@@ -84,3 +88,14 @@ def test_every_plugin_has_a_summary_and_loads(kind: str) -> None:
         line = plugins.summary(kind, name)
         assert line and "\n" not in line and "cannot be read" not in line
         plugins.load(kind, name)
+
+
+def test_infinity_travels_through_files(tmp_path: Path) -> None:
+    """`kappa=inf` switches the safety clip off; JSON has no number for it."""
+    cell = Cell(defense=(PluginSpec.parse("fedavg:kappa=inf"),))
+    plugins.build("defenses", cell.defense[0])
+    write_json(tmp_path / "cell.json", cell.to_json())
+    again = Cell.from_json(json.loads((tmp_path / "cell.json").read_text()))
+    assert again.key() == cell.key()
+    assert again.label() == "fedavg:kappa=inf"
+    assert plugins.build("defenses", again.defense[0]).kappa == float("inf")
