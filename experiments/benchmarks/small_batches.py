@@ -6,8 +6,9 @@ LeNet with sigmoid on PneumoniaMNIST, untrained and after 3 epochs of Adam; one 
 Batch 0 is the specification's; the others are drawn from class 1 of the training images with a generator seeded 0, none
 of them public. CPU seconds of one thread after a warm-up, public gradients and Jacobians included, until an iterate
 first had 30 dB (of the batch's mean squared error, after matching); recording is off the clock and scoring follows
-afterwards. `step_ms` is what one gradient of the squared error took in the same run, 3.65 where the goals were set: a
-busy machine shows there. What is handed in is chosen without the truth.
+afterwards. `step_ms` is what one gradient of the squared error took in the same run (mean of before and after), 3.65
+where the goals were set. A busy machine shows there, so that budgets are stretched by it, and times are also given as
+they would be at 3.65. What is handed in is chosen without the truth.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ from .victims import data_folder
 BATCH = 4
 MARK = 30.0
 GOALS = {"untrained": 2.6, "trained": 8.0}
-"""CPU seconds to 30 dB, in nine of ten batches."""
+"""CPU seconds to 30 dB, in nine of ten batches, on a machine of this pace."""
+PACE = 3.65
+"""Milliseconds of a gradient there."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,11 @@ class Row:
     residual: float
     seconds: float
     step_ms: float
+
+    @property
+    def at_pace(self) -> float | None:
+        """CPU seconds to 30 dB as they would be where the goals were set."""
+        return None if self.seconds_to_30 is None else self.seconds_to_30 * PACE / self.step_ms
 
 
 def batches(images: Tensor, labels: Tensor, public: Tensor, draws: int) -> Iterator[list[int]]:
@@ -89,10 +97,11 @@ def measure(state: str, model: nn.Module, x: Tensor, y: Tensor, rows: list[int],
     """Attack one batch."""
     observation = cases.observation_of(model, x, y, prior)
     step_ms(observation, x, y, 5)
-    pace = step_ms(observation, x, y)
+    before = step_ms(observation, x, y)
     recorder = Recorder(tuple(x.shape))
-    chosen = attack(recorded(observation, recorder), y, budget)
+    chosen = attack(recorded(observation, recorder), y, budget * max(1.0, before / PACE))
     seconds = recorder.seconds
+    pace = (before + step_ms(observation, x, y)) / 2
     traced = curve(recorder.points, chosen.images, x, prior)
     return Row(
         state, rows, first_at(traced, MARK), batch_psnr(chosen.images, x, prior.mean), chosen.residual, seconds, pace
@@ -104,17 +113,17 @@ def show(rows: Sequence[Row]) -> None:
     for state, goal in GOALS.items():
         mine = [row for row in rows if row.state == state]
         for row in mine:
-            reached = "never" if row.seconds_to_30 is None else f"{row.seconds_to_30:5.2f} s"
+            reached = "never" if row.at_pace is None else f"{row.seconds_to_30:5.2f} s, {row.at_pace:5.2f} at pace"
             print(
-                f"{state:9} {row.rows[0]:5}…  30 dB: {reached:>7}  end: {row.psnr:5.1f} dB at {row.seconds:5.2f} s"
+                f"{state:9} {row.rows[0]:5}…  30 dB: {reached:>23}  end: {row.psnr:5.1f} dB at {row.seconds:5.2f} s"
                 f"  residual {row.residual:.1e}  step {row.step_ms:.2f} ms"
             )
-        reached_in = [row.seconds_to_30 for row in mine if row.seconds_to_30 is not None]
+        reached_in = [row.at_pace for row in mine if row.at_pace is not None]
         if mine:
             fast = sum(seconds <= goal for seconds in reached_in)
             median = f"{statistics.median(reached_in):.2f} s" if reached_in else "–"
             print(
-                f"{state}: 30 dB within {goal} s in {fast} of {len(mine)} batches, ever in {len(reached_in)}, "
+                f"{state}: 30 dB within {goal} s at pace in {fast} of {len(mine)} batches, ever in {len(reached_in)}, "
                 f"median of those {median}; end {statistics.median(row.psnr for row in mine):.1f} dB (median)"
             )
 
