@@ -1,7 +1,7 @@
 """fedsec: what a federated medical image classifier gives away, and what it costs to stop that.
 
-The three entry points are `fedsec.run`, `fedsec.models.build` and `fedsec.data.load`; importing the package loads
-nothing heavy.
+The entry points are `fedsec.run`, `fedsec.sweep`, `fedsec.models.build` and `fedsec.data.load`; importing the package
+loads nothing heavy.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "run"]
+__all__ = ["__version__", "run", "sweep"]
 
 if TYPE_CHECKING:
     from fedsec.api import run
+    from fedsec.grid.run import sweep
 
 
 def __getattr__(name: str) -> Any:
@@ -20,4 +21,8 @@ def __getattr__(name: str) -> Any:
         from fedsec.api import run
 
         return run
+    if name == "sweep":
+        from fedsec.grid.run import sweep
+
+        return sweep
     raise AttributeError(f"module 'fedsec' has no attribute '{name}'")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedsec.config import Cell, expand
-from fedsec.errors import FedsecError, RunError
+from fedsec.errors import FedsecError, RunError, reason_of
 from fedsec.progress import Progress
 from fedsec.store import RunFolder, default_folder
 
@@ -68,6 +67,20 @@ def with_shortcuts(tables: Mapping[str, Any], shortcuts: Mapping[str, Any]) -> d
     return asked
 
 
+def finished_cells(
+    cells: Sequence[Cell], folder: RunFolder, data_dir: Path | None, progress: Progress
+) -> dict[str, dict[str, Any]]:
+    """Cell id -> result of those cells that were finished before, on the same data."""
+    from fedsec.federation.assemble import dataset_of
+
+    kept = {c.key(): done for c in cells if (done := folder.finished(c.key())) is not None}
+    for cell in cells:
+        if cell.key() in kept and kept[cell.key()]["data_fingerprint"] != dataset_of(cell, data_dir).fingerprint:
+            progress.message(f"{cell.data.name} has changed since cell {cell.key()} was finished: computing it again")
+            del kept[cell.key()]
+    return kept
+
+
 def run_cells(
     cells: Sequence[Cell], folder: RunFolder, data_dir: Path | None, progress: Progress, debug: bool = False
 ) -> list[dict[str, Any]]:
@@ -77,15 +90,11 @@ def run_cells(
         RunError: a cell failed; those before it are kept.
     """
     from fedsec.experiment import run_cell, shared_rounds, training_key_of
-    from fedsec.federation.assemble import assemble, dataset_of
+    from fedsec.federation.assemble import assemble
 
     stages: dict[str, Stage] = {}
     wanted = shared_rounds(cells)
-    kept = {c.key(): done for c in cells if (done := folder.finished(c.key())) is not None}
-    for cell in cells:
-        if cell.key() in kept and kept[cell.key()]["data_fingerprint"] != dataset_of(cell, data_dir).fingerprint:
-            progress.message(f"{cell.data.name} has changed since cell {cell.key()} was finished: computing it again")
-            del kept[cell.key()]
+    kept = finished_cells(cells, folder, data_dir, progress)
     for cell in {training_key_of(c): c for c in cells if c.key() not in kept}.values():
         assemble(cell, data_dir)  # what cannot work is refused before the first round of the first cell
     results = []
@@ -104,12 +113,8 @@ def run_cells(
         except Exception as error:
             if debug:
                 raise
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            where = f"{Path(place.filename).name}:{place.lineno}"
-            text = next(iter(str(error).strip().splitlines()), "")
             raise RunError(
-                f"cell {cell.label()}, seed {cell.seed} failed: {type(error).__name__}: {text} ({where}); "
-                "--debug shows the traceback"
+                f"cell {cell.label()}, seed {cell.seed} failed: {reason_of(error)}; --debug shows the traceback"
             ) from error
         folder.finish(cell.key(), result)
         results.append(result)

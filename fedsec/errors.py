@@ -5,6 +5,9 @@ Every message is one line: the thing that is wrong, what is wrong with it, and w
 
 from __future__ import annotations
 
+import traceback
+from pathlib import Path
+
 
 class FedsecError(Exception):
     """Base class: the run itself failed (exit code 3)."""
@@ -43,3 +46,12 @@ class DataError(ConfigError):
 
 class UnsafeFileError(RefusedError):
     """A file wants to execute code when it is read; it was not executed."""
+
+
+def reason_of(error: BaseException) -> str:
+    """One line that says what went wrong and, where nobody foresaw it, at which line."""
+    text = next(iter(str(error).strip().splitlines()), "")
+    if isinstance(error, FedsecError):
+        return text
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {text} ({Path(place.filename).name}:{place.lineno})"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,8 @@ class Stage:
 
     federation: Federation
     training: Training
+    computed: bool = True
+    """False: it was read from the disk."""
 
 
 def training_key(cell: Cell, attack: Attack | None) -> str:
@@ -51,6 +53,7 @@ def run_cell(
     progress: Progress | None = None,
     stages: dict[str, Stage] | None = None,
     keep: tuple[int, ...] = (),
+    workers: int | None = None,
 ) -> dict[str, Any]:
     """Compute one resolved cell, keep its artifacts, and return its result in JSON form.
 
@@ -61,15 +64,15 @@ def run_cell(
         progress: told how far it is.
         stages: trainings of this process, by key; read and extended.
         keep: rounds that other cells of the run want to observe in the same training.
+        workers: processes that the attack may use; by default one for each core.
     """
     start = time.perf_counter()
     progress = progress or Progress()
-    if torch.device(cell.federation.device).type == "cpu":
-        prepare_for_small_networks()
     _, attack, _ = build_stack(cell)
     plan = attack.victims() if attack else None
     rounds = rounds_of(plan, cell.federation.rounds) if plan else ()
-    stage = _stage(cell, attack, artifacts, data_dir, progress, {} if stages is None else stages, {*rounds, *keep})
+    stage = open_stage(cell, artifacts, data_dir, progress, stages, keep)
+    opened = time.perf_counter()
     federation, training = stage.federation, stage.training
 
     leakage: dict[str, Any] = {}
@@ -95,7 +98,7 @@ def run_cell(
             image_shape=federation.dataset.image_shape,
             ctx=RoundContext(cell.seed, cell.federation.rounds, cell.federation.rounds).adversary(),
             device=federation.device,
-            workers=usable_cores() if federation.device.type == "cpu" else 1,
+            workers=(workers or usable_cores()) if federation.device.type == "cpu" else 1,
             progress=lambda done, total: progress.advance(len(views) * done // max(1, total)),
             queries=tuple(queries),
         )
@@ -110,6 +113,8 @@ def run_cell(
         assumptions["model_state"] = model_state(training, rounds)
         assumptions["public_prior"] = public_prior(public, victims)
         keep_reconstructions(artifacts / cell.key(), findings, victims, public)
+    if attack is not None:
+        cost["attack_seconds"] = round(time.perf_counter() - opened, 3)
     result = {
         "id": cell.key(),
         "attack": cell.attack.to_table() if cell.attack else None,
@@ -159,24 +164,40 @@ def robustness_of(federation: Federation, training: Training) -> dict[str, Any]:
     return result | attack_success(federation, "test", params, buffers, seats.attack.probe)
 
 
-def _stage(
+def open_stage(
     cell: Cell,
-    attack: Attack | None,
     artifacts: Path,
-    data_dir: Path | None,
-    progress: Progress,
-    stages: dict[str, Stage],
-    rounds: set[int],
+    data_dir: Path | None = None,
+    progress: Progress | None = None,
+    stages: dict[str, Stage] | None = None,
+    keep: Iterable[int] = (),
 ) -> Stage:
+    """The training that a cell stands on: from memory, from the disk, or computed and kept.
+
+    Args:
+        cell: as `assemble.resolve` gives it.
+        artifacts: the folder in which trainings are kept.
+        data_dir: where data sets are looked up first.
+        progress: told how far it is.
+        stages: trainings of this process, by key; read and extended.
+        keep: rounds that other cells want to observe in it, beside those of this cell's own attack.
+    """
+    if torch.device(cell.federation.device).type == "cpu":
+        prepare_for_small_networks()
+    attack = build_stack(cell)[1]
+    plan = attack.victims() if attack else None
+    rounds = {*(rounds_of(plan, cell.federation.rounds) if plan else ()), *keep}
+    stages = {} if stages is None else stages
     key = training_key(cell, attack)
     if key in stages and rounds <= stages[key].training.snapshots.keys():
         return stages[key]
     federation = assemble(cell, data_dir)
     training = Training.open(artifacts / key, rounds, federation.dataset.fingerprint)
+    computed = training is None
     if training is None:
         training = train(federation, rounds, progress)
         training.save(artifacts / key, federation)
-    stages[key] = Stage(federation, training)
+    stages[key] = Stage(federation, training, computed)
     return stages[key]
 
 

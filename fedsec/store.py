@@ -3,6 +3,7 @@
 runs/<slug>-<hash8>/
   config.toml resolved.json env.json     asked, fully resolved, versions and device
   cells/<hash8>.json                     one finished cell; rerun = resume
+  failed/<hash8>.json                    why a cell has no result; removed when it has one
   results.jsonl                          rebuilt from cells/
   artifacts/<hash8>/                     reconstructions, model.safetensors
   figures/
@@ -18,6 +19,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,11 @@ import tomli_w
 from fedsec.config import Cell, content_hash
 from fedsec.errors import ConfigError
 from fedsec.files import write_json, write_text
+
+try:
+    import fcntl
+except ImportError:  # not a Unix
+    fcntl = None  # type: ignore[assignment]
 
 PACKAGES = ("fedsec", "torch", "torchvision", "opacus", "numpy", "scipy", "scikit-learn", "torchmetrics")
 
@@ -79,11 +86,45 @@ class RunFolder:
             return None
         return result
 
-    def finish(self, key: str, result: Mapping[str, Any]) -> None:
-        """Keep a finished cell and rebuild results.jsonl."""
+    def finish(self, key: str, result: Mapping[str, Any], rebuild: bool = True) -> None:
+        """Keep a finished cell and rebuild results.jsonl; who finishes many cells rebuilds it once, at the end."""
         write_json(self.path / "cells" / f"{key}.json", result)
+        (self.path / "failed" / f"{key}.json").unlink(missing_ok=True)
+        if rebuild:
+            self.rebuild()
+
+    def rebuild(self) -> None:
+        """Write results.jsonl from the finished cells."""
         lines = [json.dumps(cell, sort_keys=True) for cell in self.results()]
         write_text(self.path / "results.jsonl", "".join(f"{line}\n" for line in lines))
+
+    def fail(self, key: str, record: Mapping[str, Any]) -> None:
+        """Record why a cell has no result; it is tried again when the run is started again."""
+        write_json(self.path / "failed" / f"{key}.json", record)
+
+    def failed(self) -> list[dict[str, Any]]:
+        """The records of failed cells that have not succeeded since."""
+        paths = sorted((self.path / "failed").glob("*.json"))
+        return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other processes from computing in this folder; a kill frees it as well.
+
+        Raises:
+            ConfigError: another process is at work in it.
+        """
+        with (self.path / ".lock").open("w") as file:
+            if fcntl is not None:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise ConfigError(
+                        f"{self.path}: another process is computing in this run folder; wait for it, or choose --out"
+                    ) from None
+                except OSError:
+                    pass  # a network file system without locks: the user has to know
+            yield
 
     def results(self) -> Iterator[dict[str, Any]]:
         """All finished cells, in the order in which they were asked."""
@@ -102,13 +143,15 @@ class RunFolder:
         return self.path / "artifacts" / key
 
 
-def default_folder(cells: Sequence[Cell], root: Path = Path("runs")) -> Path:
+def default_folder(cells: Sequence[Cell], root: Path = Path("runs"), name: str | None = None) -> Path:
     """`runs/<slug>-<hash8>`: the same request names the same folder, so typing it again resumes."""
+    if name is not None:
+        return root / f"{name}-{content_hash([c.to_json() for c in cells])}"
     first = cells[0]
     attack = first.attack.name if first.attack else "train"
     defense = next((c.label().split(":")[0] for c in cells if c.defense), "none")
-    name = Path(first.data.name).stem or "data"
-    slug = re.sub(r"[^A-Za-z0-9]+", "-", f"{attack}-{defense}-{name}").strip("-").lower()
+    data = Path(first.data.name).stem or "data"
+    slug = re.sub(r"[^A-Za-z0-9]+", "-", f"{attack}-{defense}-{data}").strip("-").lower()
     return root / f"{slug}-{content_hash([c.to_json() for c in cells])}"
 
 

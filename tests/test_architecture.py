@@ -24,6 +24,7 @@ LAYERS = [
     {"experiment", "audit"},
     {"store", "report", "plotting"},
     {"api", "figures"},
+    {"grid"},
     {"cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
