@@ -256,6 +256,8 @@ def expand(tables: Mapping[str, Any]) -> list[Cell]:
             raise ConfigError(f"unknown table [{key}]: {nearest(key, KEYS)}")
     merged = {name: {**tables.get(name, {}), **tables.get("sweep", {}).get(name, {})} for name in TABLES}
     for key in tables.get("sweep", {}):
+        if key == "breakdown":
+            raise ConfigError("[sweep.breakdown]: a search that adds cells as it goes; start it with fedsec sweep")
         if key not in TABLES:
             raise ConfigError(f"[sweep.{key}]: {nearest(key, TABLES)}")
     seeds = range(tables["seeds"]) if "seeds" in tables else _as_list(tables.get("seed", 0))

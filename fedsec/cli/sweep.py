@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +53,6 @@ def command(
     from fedsec.cli.run import read_tables
     from fedsec.cli.tables import print_results
     from fedsec.config import set_path
-    from fedsec.errors import RunError
     from fedsec.grid.run import plan, sweep
 
     tables = read_tables(recipe)
@@ -63,6 +63,9 @@ def command(
     for assignment in assignments:
         set_path(tables, assignment)
     options: dict[str, Any] = {"out": out, "jobs": jobs, "name": recipe.stem}
+    if "breakdown" in tables.get("sweep", {}):
+        find_breakdown(tables, dry_run, as_json, {**options, "data_dir": data_dir, "max_minutes": max_minutes})
+        return
     if dry_run:
         print_plan(plan(tables, **options), as_json)
         return
@@ -72,17 +75,52 @@ def command(
         click.echo(json.dumps(result, indent=1, allow_nan=False))
     else:
         print_results(result["cells"], Path(result["run"]))
-    if result["unfinished"]:
-        click.echo(f"time is up: {result['unfinished']} cells are not finished; the same line goes on", err=True)
     if debug:
         for record in result["failed"]:
             click.echo("\n".join([f"cell {record['id']}:", *record["traceback"]]), err=True)
+    report_unfinished(result)
+
+
+def report_unfinished(result: Mapping[str, Any]) -> None:
+    """Say what is missing.
+
+    Raises:
+        RunError: cells failed.
+    """
+    from fedsec.errors import RunError
+
+    if result["unfinished"]:
+        click.echo(f"time is up: {result['unfinished']} cells are not finished; the same line goes on", err=True)
     if result["failed"]:
         first = result["failed"][0]["reason"]
         raise RunError(
             f"{len(result['failed'])} cells failed, the first: {first}; all reasons are in {result['run']}/failed, "
             "--debug shows the tracebacks, the same line tries them again"
         )
+
+
+def find_breakdown(tables: Mapping[str, Any], dry_run: bool, as_json: bool, options: Mapping[str, Any]) -> None:
+    """A recipe with `[sweep.breakdown]`: how many malicious clients each rule bears."""
+    from fedsec.cli.console import ConsoleProgress
+    from fedsec.cli.tables import print_breakdown
+    from fedsec.grid.breakdown import search, series_of
+
+    if dry_run:
+        pairs = series_of(tables)[0]
+        calm = len({s.calm.key() for s in pairs})
+        most = sum(s.limit for s in pairs)
+        click.echo(
+            f"{len(pairs)} searches over 1 to {max(s.limit for s in pairs)} malicious clients: {calm} trainings "
+            f"without an attack, and between {len(pairs)} and {most} with one"
+        )
+        return
+    with ConsoleProgress() as progress:
+        result = search(tables, progress=progress, **options)
+    if as_json:
+        click.echo(json.dumps(result, indent=1, allow_nan=False))
+    else:
+        print_breakdown(result["breakdown"], Path(result["run"]))
+    report_unfinished(result)
 
 
 def print_plan(plan: Plan, as_json: bool) -> None:

@@ -96,6 +96,41 @@ def interval(estimate: Mapping[str, Any] | None, digits: int, bare: bool = False
     return f"{text} [{estimate['low']:.{digits}f}, {estimate['high']:.{digits}f}]"
 
 
+def print_breakdown(series: Sequence[Result], folder: Path) -> None:
+    """How many malicious clients broke each rule, a row an attack."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = WIDE
+    groups: dict[tuple[Any, ...], list[Result]] = {}
+    for item in series:
+        groups.setdefault((item["data"], item["partition"], item["seed"], item["clients"]), []).append(item)
+    for (data, partition, seed, clients), group in groups.items():
+        rules = list(dict.fromkeys(defense_label(item) for item in group))
+        title = f"{data}, {partition}, {clients} clients, seed {seed}: fewest malicious clients that break a rule"
+        table = Table(title=title, title_justify="left")
+        table.add_column("attack")
+        for rule in rules:
+            table.add_column(rule.replace(":", "\n"), justify="right")
+        for attack in dict.fromkeys(str(PluginSpec.from_table(item["attack"])) for item in group):
+            own = {defense_label(i): i for i in group if str(PluginSpec.from_table(i["attack"])) == attack}
+            table.add_row(attack.partition("method=")[2] or attack, *(breaking(own.get(rule)) for rule in rules))
+        console.print(table)
+    console.print("> 4: not broken by 4 or fewer. *: more attackers did less harm, so every number was tried.")
+    console.print(f"run folder: {folder}   next: fedsec plot {folder}", markup=False, soft_wrap=True)
+
+
+def breaking(item: Result | None) -> str:
+    """`3`, `> 4`, `…` while the search goes on, `failed`."""
+    if item is None:
+        return ""
+    if item["reason"]:
+        return "failed"
+    if not item["finished"]:
+        return "…"
+    number = f"> {item['limit']}" if item["point"] is None else str(item["point"])
+    return number + ("" if item["monotone"] else "*")
+
+
 def weight_beside_fair(robust: Mapping[str, Any]) -> str:
     """The malicious clients' share of the aggregate, and what equal weights would have given them."""
     weight = interval(robust.get("attacker_weight"), 2, bare=True)

@@ -89,17 +89,22 @@ def sweep(
         FedsecError: the grid cannot be carried out as written. A cell that fails raises nothing.
     """
     asked = plan(tables, out=out, jobs=jobs, name=name, **shortcuts)
-    progress = progress or Progress()
-    where = Path(data_dir) if data_dir else None
     folder = RunFolder(asked.folder)
     with folder.alone():
-        folder.begin(asked.tables, asked.cells, asked.cells[0].federation.device)
-        _sweep_up(folder)
-        asked.finished = finished_cells(asked.cells, folder, where, progress)
-        try:
-            failed = _compute(asked, folder, where, progress, max_minutes)
-        finally:
-            folder.rebuild()
+        return carry_out(asked, folder, Path(data_dir) if data_dir else None, progress or Progress(), max_minutes)
+
+
+def carry_out(
+    asked: Plan, folder: RunFolder, data_dir: Path | None, progress: Progress, max_minutes: float | None = None
+) -> dict[str, Any]:
+    """Compute what a plan still lacks, in a folder that is held `alone`; returns what `sweep` returns."""
+    folder.begin(asked.tables, asked.cells, asked.cells[0].federation.device)
+    _sweep_up(folder)
+    asked.finished = finished_cells(asked.cells, folder, data_dir, progress)
+    try:
+        failed = _compute(asked, folder, data_dir, progress, max_minutes)
+    finally:
+        folder.rebuild()
     done = [asked.finished[c.key()] for c in asked.cells if c.key() in asked.finished]
     return {
         "run": str(folder.path),
@@ -122,22 +127,35 @@ def plan(
     Raises:
         ConfigError: an unknown plugin or parameter, or a stack that cannot work.
     """
+    asked = serial_by_default(with_shortcuts(tables or {}, shortcuts))
+    cells = expand(asked)
+    return plan_of(cells, asked, Path(out) if out else None, jobs, name)
+
+
+def serial_by_default(tables: dict[str, Any]) -> dict[str, Any]:
+    """The cells use the processes up, so that a federation gets one."""
+    federation = tables.get("federation", {})
+    if federation.get("engine", "auto") == "auto":
+        return {**tables, "federation": {**federation, "engine": "serial"}}
+    return tables
+
+
+def plan_of(
+    asked_cells: Sequence[Cell], tables: Mapping[str, Any], out: Path | None, jobs: int | None, name: str | None = None
+) -> Plan:
+    """As `plan`, of cells that need not be resolved."""
     from fedsec.experiment import shared_rounds, training_key_of
     from fedsec.federation.assemble import resolve
 
-    asked = with_shortcuts(tables or {}, shortcuts)
-    federation = dict(asked.get("federation", {}))
-    if federation.get("engine", "auto") == "auto":  # the processes are used up by the cells
-        asked["federation"] = {**federation, "engine": "serial"}
-    cells = [resolve(cell) for cell in expand(asked)]
+    cells = [resolve(cell) for cell in asked_cells]
     if jobs is not None and jobs < 1:
         raise ConfigError(f"jobs={jobs}: at least one process has to work")
     count = jobs or (usable_cores() if all(c.federation.device == "cpu" for c in cells) else 1)
     if count > 1 and any(c.federation.engine == "processes" for c in cells):
         raise ConfigError("engine=processes starts a process a core in each job; leave engine out, or use --jobs 1")
     training_of = {c.key(): training_key_of(c) for c in cells}
-    folder = Path(out) if out else default_folder(cells, name=name)
-    result = Plan(cells, training_of, shared_rounds(cells), folder, asked, count)
+    folder = out or default_folder(cells, name=name)
+    result = Plan(cells, training_of, shared_rounds(cells), folder, tables, count)
     if (folder / "cells").is_dir():
         opened = RunFolder.open(folder)
         result.finished = {c.key(): done for c in cells if (done := opened.finished(c.key())) is not None}
