@@ -9,6 +9,7 @@ import pytest
 
 from fedsec import config
 from fedsec.federation.assemble import build_stack
+from fedsec.grid.breakdown import series_of
 from fedsec.plugins import names
 
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "experiments").glob("*.toml"))
@@ -16,7 +17,11 @@ RECIPES = sorted((Path(__file__).resolve().parents[2] / "experiments").glob("*.t
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_a_recipe_expands_to_cells_that_can_be_built(path: Path) -> None:
-    cells = config.expand(tomllib.loads(path.read_text(encoding="utf-8")))
+    tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    if "breakdown" in tables.get("sweep", {}):
+        cells = [series.cell(f) for series in series_of(tables)[0] for f in (0, 1, series.limit)]
+    else:
+        cells = config.expand(tables)
     assert cells
     for cell in cells:
         build_stack(cell)
