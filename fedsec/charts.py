@@ -10,7 +10,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedsec.plotting import COLOURS, LABEL_WIDTH, MARKERS, MUTED, label_ends, line_style, spread, wrapped, write_figure
+from fedsec.plotting import (
+    COLOURS,
+    LABEL_WIDTH,
+    MARKERS,
+    MUTED,
+    label_ends,
+    line_style,
+    span,
+    spread,
+    wrapped,
+    write_figure,
+)
 from fedsec.tradeoff import Measure, Point, pareto, short
 
 if TYPE_CHECKING:
@@ -27,6 +38,7 @@ def tradeoff_front(points: Sequence[Point], path: Path) -> list[Path]:
         points: of one data set, model and attack.
         path: where to write, without suffix.
     """
+    import numpy as np
     from matplotlib.figure import Figure
 
     measure = points[0].measure
@@ -56,7 +68,10 @@ def tradeoff_front(points: Sequence[Point], path: Path) -> list[Path]:
     if undefended is not None:
         axes.axhline(undefended.utility["value"], color=MUTED, linewidth=0.7, linestyle=(0, (1, 2)), zorder=1)
         lines.append(("no defense", undefended.leakage["value"], "-."))
-    axes.margins(0.07)
+    x = [p.leakage["value"] for p in points] + [value for _, value, _ in lines]
+    ends = [p.utility[k] for p in points for k in ("value", "low", "high") if p.utility.get(k) is not None]
+    axes.set_xlim(*span(np.array(x), 5 * measure.least))
+    axes.set_ylim(*span(np.array(ends), 0.1))
     for name, value, dashes in lines:
         axes.axvline(value, color=MUTED, linewidth=0.9, linestyle=dashes, zorder=1)
         axes.text(
@@ -293,7 +308,7 @@ def _share(p: Point, undefended: Point | None, points: Sequence[Point]) -> Numbe
     else:  # quality under attack, from that of the undisturbed, undefended model to guessing
         clean = [q.utility["value"] for q in points if q.defense == "none" and q.measure.higher_is_worse]
         none, full = max([*clean, p.leakage["value"]]), p.baselines[0][1] if p.baselines else 0.0
-    if abs(full - none) < 1e-9:
+    if abs(full - none) < p.measure.least:
         return 0.0
     return float(min(1.0, max(0.0, (p.leakage["value"] - none) / (full - none))))
 

@@ -190,7 +190,7 @@ def line_style(k: int) -> dict[str, Any]:
 def span(values: NDArray[np.float64], least: float) -> tuple[float, float]:
     """Limits with a margin, at least `least` apart, so that noise does not fill the page."""
     low, high = float(values.min()), float(values.max())
-    margin = max(0.05 * (high - low), (least - (high - low)) / 2)
+    margin = max(0.07 * (high - low), (least - (high - low)) / 2)
     return low - margin, high + margin
 
 

@@ -178,7 +178,14 @@ def content(
     for p in found:
         group = [by_id[key] for key in p.cells]
         checks = check(group, thresholds, fail_on) if p.defense != "none" else []
-        verdicts.append({**vars(p), "checks": checks, "sentence": sentence(p, group)})
+        verdicts.append(
+            {
+                **vars(p),
+                "checks": checks,
+                "sentence": sentence(p, group),
+                "heading": f"{p.attack} on {p.dataset}, {p.model}",
+            }
+        )
     rows = [row(folder, cell, found) for folder, cell in cells]
     data = json.dumps({"cells": rows}, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     images = pictures(cells, redact)

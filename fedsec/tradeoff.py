@@ -33,10 +33,18 @@ class Measure:
     images_key: str = ""
     """Column of `leakage.images` whose rows are pooled over seeds."""
     higher_is_worse: bool = True
+    least: float = 0.02
+    """Differences below this are nothing to speak of; a heat map does not colour them."""
 
 
 MEASURES = (
-    Measure("leakage.psnr", "reconstruction PSNR, dB", (("leakage.prior_psnr", "public mean image"),), False, "psnr"),
+    Measure(
+        "leakage.psnr",
+        "reconstruction PSNR, dB",
+        (("leakage.prior_psnr", "public mean image"),),
+        images_key="psnr",
+        least=1.0,
+    ),
     Measure("leakage.reid_rank1", "patients re-identified", (("leakage.reid_chance", "chance"),), True),
     Measure(f"{MEMBERSHIP}.tpr_at_1pct_fpr", "members found at 1 % false alarms", (("0.01", "chance"),), True),
     Measure(f"{MEMBERSHIP}.auc", "membership AUC", (("0.5", "chance"),)),
