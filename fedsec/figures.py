@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from fedsec import checkpoint, plotting
-from fedsec.config import Cell
+from fedsec import charts, checkpoint, plotting
 from fedsec.plugins import PluginSpec
 from fedsec.store import RunFolder
+from fedsec.tradeoff import UTILITY, Point, attack_label, changes_training, defense_label, points, setting, short
 
 SHOWN = 8
 """Images in a row of the reconstruction wall."""
@@ -22,20 +23,128 @@ def draw(run: Path, redact: bool = False) -> list[Path]:
     """Draw all figures that the run's cells have data for; returns the files written."""
     folder = RunFolder.open(run)
     cells = list(folder.results())
-    figures = folder.path / "figures"
+    settings: dict[str, list[dict[str, Any]]] = {}
+    for cell in cells:
+        settings.setdefault(setting(cell), []).append(cell)
     written: list[Path] = []
-    for seed in sorted({c["seed"] for c in cells}):
-        chosen = [c for c in cells if c["seed"] == seed]
-        for number in sorted({int(r) for c in chosen for r in c.get("leakage", {}).get("by_round", {})}):
-            rows = wall(folder, chosen, number)
-            if rows:
-                path = figures / f"reconstructions-round-{number}-seed-{seed}"
-                written += plotting.reconstruction_wall(rows, path, redact=redact)
-    curves = {title(c, cells): curve(folder, c) for c in cells}
-    curves = {name: points for name, points in curves.items() if points}
-    if curves:
-        written += plotting.training_curve(curves, figures / "training", ylabel="validation AUC")
+    for name, chosen in settings.items():
+        figures = folder.path / "figures" / (slug(name) if len(settings) > 1 else "")
+        written += draw_setting(folder, chosen, figures, redact)
     return written
+
+
+def draw_setting(folder: RunFolder, cells: list[dict[str, Any]], figures: Path, redact: bool) -> list[Path]:
+    """The figures of one data set, model and strategy."""
+    written: list[Path] = []
+    found = points(cells)
+    by_attack: dict[str, list[Point]] = {}
+    for point in found:
+        by_attack.setdefault(point.attack, []).append(point)
+    names = slugs(list(by_attack))
+    for attack, own in by_attack.items():
+        if len(own) > 1 and own[0].undisturbed:
+            written += charts.tradeoff_front(own, figures / f"tradeoff-{names[attack]}")
+    if len(by_attack) > 1 and len({p.defense for p in found}) > 1:
+        written += charts.heat_map(found, figures / "heatmap")
+    written += walls(folder, cells, figures, redact)
+    for attack, curves in rocs(cells).items():
+        written += charts.roc_curves(curves, figures / f"roc-{slugs(list(rocs(cells)))[attack]}")
+    for attack, shares in breakdowns(found, cells).items():
+        written += charts.breakdown_curve(shares, figures / f"breakdown-{slug(attack)}", attack)
+    costs = {p.defense: (p.seconds, p.upload_bytes) for p in reversed(found)}
+    if len(costs) > 1:
+        written += charts.cost_bars(dict(reversed(costs.items())), figures / "cost")
+    for attack, lines in trainings(folder, cells).items():
+        stem = f"training-{slug(attack)}" if attack else "training"
+        written += plotting.training_curve(lines, figures / stem, ylabel="validation AUC")
+    return written
+
+
+def slug(text: str) -> str:
+    """Letters and digits, for file names."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def slugs(labels: Sequence[str]) -> dict[str, str]:
+    """A file name for each attack: the plugin's name alone where that tells them apart."""
+    names = [label.partition(":")[0] for label in labels]
+    return {label: slug(label if names.count(name) > 1 else name) for label, name in zip(labels, names, strict=True)}
+
+
+def walls(folder: RunFolder, cells: list[dict[str, Any]], figures: Path, redact: bool) -> list[Path]:
+    """Reconstructions beside the originals, one wall for each attack, seed and observed round."""
+    written: list[Path] = []
+    attacked = [c for c in cells if (folder.artifacts(c["id"]) / "reconstructions.safetensors").is_file()]
+    names = slugs(list(dict.fromkeys(attack_label(c) for c in attacked)))
+    for attack, name in names.items():
+        for seed in sorted({c["seed"] for c in attacked}):
+            chosen = [c for c in attacked if c["seed"] == seed and attack_label(c) == attack]
+            for number in sorted({int(r) for c in chosen for r in c.get("leakage", {}).get("by_round", {})}):
+                rows = wall(folder, chosen, number)
+                if rows:
+                    more = f"-{name}" if len(names) > 1 else ""
+                    path = figures / f"reconstructions{more}-round-{number}-seed-{seed}"
+                    written += plotting.reconstruction_wall(rows, path, redact=redact)
+    return written
+
+
+def rocs(cells: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """Attack -> defense -> (false-positive, true-positive rate) of its headline method, of the first seed."""
+    found: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    first = min((c["seed"] for c in cells), default=0)
+    for cell in cells:
+        table = cell.get("leakage", {}).get("membership", {})
+        method = table.get("headline", {}).get("method")
+        curve = table.get("attacks", {}).get(method, {}).get("roc")
+        if curve and cell["seed"] == first:
+            own = found.setdefault(attack_label(cell), {})
+            own[f"{short(defense(cell))}, {method}"] = [(float(x), float(y)) for x, y in curve]
+            if blind := table.get("blind", {}).get("roc"):
+                own.setdefault("without the model", [(float(x), float(y)) for x, y in blind])
+    return found
+
+
+def breakdowns(
+    found: Sequence[Point], cells: Sequence[Mapping[str, Any]]
+) -> dict[str, dict[str, list[tuple[float, Mapping[str, Any]]]]]:
+    """Attack without its share -> defense -> (share of malicious clients, test AUC), from 0 where that was computed."""
+    clean = {p.defense: p.utility for p in found if p.measure.higher_is_worse or p.undisturbed}
+    curves: dict[str, dict[str, list[tuple[float, Mapping[str, Any]]]]] = {}
+    for point in found:
+        spec = PluginSpec.parse(point.attack)
+        share = spec.params.get("fraction")
+        if share is None or point.measure.path != UTILITY:
+            continue
+        rest = PluginSpec(spec.name, {k: v for k, v in spec.params.items() if k != "fraction"})
+        own = curves.setdefault(str(rest), {}).setdefault(short(point.defense), [])
+        if not own and point.defense in clean and point.undisturbed:
+            own.append((0.0, clean[point.defense]))
+        own.append((float(share), point.leakage))
+    return {
+        attack: {name: sorted(own, key=lambda item: item[0]) for name, own in rows.items()}
+        for attack, rows in curves.items()
+        if max(sum(share > 0 for share, _ in own) for own in rows.values()) > 1
+    }
+
+
+def trainings(folder: RunFolder, cells: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """Attack that is part of the training (else empty) -> defense -> (round, mean over seeds of the validation AUC)."""
+    runs: dict[str, dict[str, dict[str, list[tuple[int, float]]]]] = {}
+    for cell in cells:
+        if points_of := curve(folder, cell):
+            attack = attack_label(cell) if changes_training(cell) else ""
+            runs.setdefault(attack, {}).setdefault(short(defense(cell)), {})[cell["training"]] = points_of
+    return {
+        attack: {name: mean_curve(list(seeds.values())) for name, seeds in rows.items()}
+        for attack, rows in runs.items()
+    }
+
+
+def mean_curve(curves: Sequence[Sequence[tuple[int, float]]]) -> list[tuple[int, float]]:
+    """The mean of several curves, in the rounds that all of them have."""
+    tables = [dict(curve) for curve in curves]
+    shared = sorted(set.intersection(*(set(table) for table in tables)))
+    return [(number, sum(table[number] for table in tables) / len(tables)) for number in shared]
 
 
 def wall(folder: RunFolder, cells: Sequence[Mapping[str, Any]], number: int) -> list[tuple[str, Tensor]]:
@@ -72,13 +181,7 @@ def curve(folder: RunFolder, cell: Mapping[str, Any]) -> list[tuple[int, float]]
 
 def defense(cell: Mapping[str, Any]) -> str:
     """`no defense`, or the stack as people write it."""
-    stack = tuple(PluginSpec.from_table(table) for table in cell.get("defense", []))
-    return Cell(defense=stack).label() if stack else "no defense"
-
-
-def title(cell: Mapping[str, Any], cells: list[dict[str, Any]]) -> str:
-    """The defense, and the seed where there are several."""
-    return defense(cell) + (f", seed {cell['seed']}" if len({c["seed"] for c in cells}) > 1 else "")
+    return defense_label(cell) if cell.get("defense") else "no defense"
 
 
 def _stack(images: list[Tensor]) -> Tensor:

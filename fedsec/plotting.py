@@ -33,7 +33,7 @@ REDACTED_CELLS = 4
 """A redacted image is this many grey or colour cells wide and high."""
 
 _CELL, _GAP, _CAPTION, _TITLE, _NOTE = 1.05, 0.08, 0.2, 1.5, 0.28
-_MUTED = "#555555"
+MUTED = "#555555"
 
 
 def reconstruction_wall(rows: Sequence[tuple[str, Tensor]], path: str | Path, *, redact: bool = False) -> list[Path]:
@@ -63,7 +63,7 @@ def reconstruction_wall(rows: Sequence[tuple[str, Tensor]], path: str | Path, *,
     figure = Figure(figsize=size, facecolor="white")
     for r, (title, images) in enumerate(walls):
         top = size[1] - r * (tall + _CAPTION + _GAP) + (_CAPTION if r else 0)
-        label = _wrapped(title, 19)
+        label = wrapped(title, 19)
         figure.text(
             (_TITLE - 0.12) / size[0],
             (top - tall / 2) / size[1],
@@ -82,14 +82,14 @@ def reconstruction_wall(rows: Sequence[tuple[str, Tensor]], path: str | Path, *,
     notes = ["PSNR against the top row"]
     notes += [f"first {shown} of {total} images"] if total > shown else []
     notes += ["blurred on purpose"] if redact else []
-    figure.text(_TITLE / size[0], 0.08 / size[1], "; ".join(notes), fontsize=7, color=_MUTED)
+    figure.text(_TITLE / size[0], 0.08 / size[1], "; ".join(notes), fontsize=7, color=MUTED)
 
     table = [
         (title, c, f"{value:.4f}")
         for (title, _), row in zip(walls, captions, strict=True)
         for c, value in enumerate(row)
     ]
-    return _write(figure, Path(path), ("row", "image", "psnr_db"), table)
+    return write_figure(figure, Path(path), ("row", "image", "psnr_db"), table)
 
 
 def training_curve(
@@ -115,10 +115,10 @@ def training_curve(
     figure = Figure(figsize=(6.4, 3.8), facecolor="white")
     axes = figure.add_axes((0.11, 0.14, 0.86, 0.8))
     for k, (name, points) in enumerate(drawn.items()):
-        axes.plot(points[:, 0], points[:, 1], label=name, markevery=max(1, len(points) // 8), **_line(k))
+        axes.plot(points[:, 0], points[:, 1], label=name, markevery=max(1, len(points) // 8), **line_style(k))
     everything = np.concatenate(list(drawn.values()))
-    axes.set_xlim(*_span(everything[:, 0], 0.5))
-    axes.set_ylim(*_span(everything[np.isfinite(everything[:, 1]), 1], 0.1))
+    axes.set_xlim(*span(everything[:, 0], 0.5))
+    axes.set_ylim(*span(everything[np.isfinite(everything[:, 1]), 1], 0.1))
     axes.set_xlabel("round", fontsize=9)
     axes.set_ylabel(ylabel, fontsize=9)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -126,12 +126,12 @@ def training_curve(
     axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    _label_ends(axes, drawn, figure.get_figheight() * 72 * axes.get_position().height)
+    label_ends(axes, drawn, figure.get_figheight() * 72 * axes.get_position().height)
     silent = [name for name in curves if name not in drawn]
     if silent:
-        figure.text(0.11, 0.005, f"no value: {', '.join(silent)}", fontsize=7, color=_MUTED)
+        figure.text(0.11, 0.005, f"no value: {', '.join(silent)}", fontsize=7, color=MUTED)
     table = [(name, number, f"{value:.6f}") for name, points in curves.items() for number, value in points]
-    return _write(figure, Path(path), ("curve", "round", ylabel), table)
+    return write_figure(figure, Path(path), ("curve", "round", ylabel), table)
 
 
 def spread(places: Sequence[float], sizes: Sequence[float]) -> list[float]:
@@ -148,13 +148,13 @@ def spread(places: Sequence[float], sizes: Sequence[float]) -> list[float]:
     return [float(np.mean(pool) + below) for pool, below in zip([p for p in pools for _ in p], stacked, strict=True)]
 
 
-def _label_ends(axes: Axes, curves: Mapping[str, NDArray[np.float64]], height: float) -> None:
+def label_ends(axes: Axes, curves: Mapping[str, NDArray[np.float64]], height: float) -> None:
     """Names right of the lines' ends, moved apart where lines end close together; `height` of the axes in points."""
     low, high = axes.get_ylim()
     ends = []
     for k, (name, points) in enumerate(curves.items()):
         x, y = points[np.isfinite(points[:, 1])][-1]
-        ends.append(((y - low) / (high - low), x, _wrapped(name, LABEL_WIDTH), _line(k)))
+        ends.append(((y - low) / (high - low), x, wrapped(name, LABEL_WIDTH), line_style(k)))
     ends.sort(key=lambda end: end[0])
     places = spread([end[0] for end in ends], [(11 * end[2].count("\n") + 12.5) / height for end in ends])
     for (fraction, x, text, style), place in zip(ends, places, strict=True):
@@ -170,12 +170,13 @@ def _label_ends(axes: Axes, curves: Mapping[str, NDArray[np.float64]], height: f
         axes.text(1.058, place, text, transform=axes.transAxes, va="center", fontsize=8.5, linespacing=1.1)
 
 
-def _wrapped(text: str, width: int) -> str:
+def wrapped(text: str, width: int) -> str:
+    """Lines of at most `width` characters, broken at spaces and after commas."""
     spaced = ", ".join(part.strip() for part in text.split(","))
     return textwrap.fill(spaced, width, break_on_hyphens=False)
 
 
-def _line(k: int) -> dict[str, Any]:
+def line_style(k: int) -> dict[str, Any]:
     """Colour, dashes and marker of the k-th line; no two of the first 28 agree in dashes and marker."""
     return {
         "color": COLOURS[k % len(COLOURS)],
@@ -186,10 +187,10 @@ def _line(k: int) -> dict[str, Any]:
     }
 
 
-def _span(values: NDArray[np.float64], least: float) -> tuple[float, float]:
+def span(values: NDArray[np.float64], least: float) -> tuple[float, float]:
     """Limits with a margin, at least `least` apart, so that noise does not fill the page."""
     low, high = float(values.min()), float(values.max())
-    margin = max(0.05 * (high - low), (least - (high - low)) / 2)
+    margin = max(0.07 * (high - low), (least - (high - low)) / 2)
     return low - margin, high + margin
 
 
@@ -204,7 +205,7 @@ def _draw_image(axes: Axes, image: Tensor, redact: bool) -> None:
     for spine in axes.spines.values():
         spine.set(linewidth=0.5, color="#999999")
     if not torch.isfinite(image).all():
-        axes.text(0.5, 0.5, "not finite", ha="center", va="center", fontsize=8, color=_MUTED, transform=axes.transAxes)
+        axes.text(0.5, 0.5, "not finite", ha="center", va="center", fontsize=8, color=MUTED, transform=axes.transAxes)
         return
     image = image.clamp(0, 1)
     pixels = (blurred(image) if redact else image).permute(1, 2, 0).numpy()
@@ -234,7 +235,8 @@ def _caption(value: float) -> str:
     return "≥ 140 dB" if value >= 140 else f"{value:.1f} dB"
 
 
-def _write(figure: Figure, path: Path, header: Sequence[str], table: Iterable[Sequence[Any]]) -> list[Path]:
+def write_figure(figure: Figure, path: Path, header: Sequence[str], table: Iterable[Sequence[Any]]) -> list[Path]:
+    """Write a figure as SVG and PNG, and the numbers in it as CSV, beside each other."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 

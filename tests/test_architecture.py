@@ -22,8 +22,9 @@ LAYERS = [
     {"federation"},
     {"leakage"},
     {"experiment", "audit"},
-    {"store", "report", "plotting"},
-    {"api", "figures"},
+    {"store", "tradeoff", "plotting"},
+    {"charts"},
+    {"api", "figures", "report"},
     {"grid"},
     {"cli"},
 ]

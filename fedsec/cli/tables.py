@@ -10,10 +10,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from fedsec.config import Cell
 from fedsec.metrics.limits import across_seeds
 from fedsec.metrics.reconstruction import complete
 from fedsec.plugins import PluginSpec
+from fedsec.tradeoff import defense_label
 
 Result = Mapping[str, Any]
 WIDE = 150
@@ -79,11 +79,6 @@ def _row(cell: Result, intervals: bool) -> dict[str, str]:
         "ε": f"{privacy['epsilon']:.2f}" if privacy.get("epsilon") is not None else "",
         "s": f"{cell['cost']['seconds']:.0f}",
     }
-
-
-def defense_label(cell: Result) -> str:
-    """The cell's defense as people write it."""
-    return Cell(defense=tuple(PluginSpec.from_table(t) for t in cell.get("defense", []))).label()
 
 
 def interval(estimate: Mapping[str, Any] | None, digits: int, bare: bool = False) -> str:
