@@ -96,9 +96,8 @@ def run_cells(
             continue
         progress.message(f"cell {number}/{len(cells)}: {cell.label()}, seed {cell.seed}")
         try:
-            result = run_cell(
-                cell, folder.path / "artifacts", data_dir, progress, stages, wanted[training_key_of(cell)]
-            )
+            artifacts, ledger = folder.path / "artifacts", folder.path / "ledger.jsonl"
+            result = run_cell(cell, artifacts, data_dir, progress, stages, wanted[training_key_of(cell)], ledger)
         except FedsecError:
             raise
         except Exception as error:

@@ -17,6 +17,7 @@ from fedsec.attack import Attack
 from fedsec.config import Cell
 from fedsec.errors import RunError
 from fedsec.federation.assemble import Federation, assemble, build_stack
+from fedsec.federation.budget import Budget
 from fedsec.federation.evaluation import attack_success
 from fedsec.federation.interrogation import interrogate
 from fedsec.federation.training import Training, train
@@ -25,6 +26,7 @@ from fedsec.leakage import Judge, model_state, public_prior, stamped
 from fedsec.machine import prepare_for_small_networks, usable_cores
 from fedsec.metrics.image import pixel_hash
 from fedsec.metrics.robustness import robustness, without_effect
+from fedsec.privacy.ledger import Ledger
 from fedsec.progress import Progress
 from fedsec.robust.aggregator import RuleAggregator
 from fedsec.robust.rule import ASSUMED_SHARE, assumed_f
@@ -51,6 +53,7 @@ def run_cell(
     progress: Progress | None = None,
     stages: dict[str, Stage] | None = None,
     keep: tuple[int, ...] = (),
+    ledger: Path | None = None,
 ) -> dict[str, Any]:
     """Compute one resolved cell, keep its artifacts, and return its result in JSON form.
 
@@ -61,6 +64,7 @@ def run_cell(
         progress: told how far it is.
         stages: trainings of this process, by key; read and extended.
         keep: rounds that other cells of the run want to observe in the same training.
+        ledger: the run's privacy ledger; `ledger.jsonl` among the artifacts where not given.
     """
     start = time.perf_counter()
     progress = progress or Progress()
@@ -69,7 +73,10 @@ def run_cell(
     _, attack, _ = build_stack(cell)
     plan = attack.victims() if attack else None
     rounds = rounds_of(plan, cell.federation.rounds) if plan else ()
-    stage = _stage(cell, attack, artifacts, data_dir, progress, {} if stages is None else stages, {*rounds, *keep})
+    book = Ledger(ledger or artifacts / "ledger.jsonl")
+    stage = _stage(
+        cell, attack, artifacts, data_dir, progress, {} if stages is None else stages, {*rounds, *keep}, book
+    )
     federation, training = stage.federation, stage.training
 
     leakage: dict[str, Any] = {}
@@ -167,6 +174,7 @@ def _stage(
     progress: Progress,
     stages: dict[str, Stage],
     rounds: set[int],
+    ledger: Ledger,
 ) -> Stage:
     key = training_key(cell, attack)
     if key in stages and rounds <= stages[key].training.snapshots.keys():
@@ -174,8 +182,10 @@ def _stage(
     federation = assemble(cell, data_dir)
     training = Training.open(artifacts / key, rounds, federation.dataset.fingerprint)
     if training is None:
-        training = train(federation, rounds, progress)
+        training = train(federation, rounds, progress, Budget(federation, ledger, key))
         training.save(artifacts / key, federation)
+    else:
+        ledger.check(key, training.releases)
     stages[key] = Stage(federation, training)
     return stages[key]
 

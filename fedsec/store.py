@@ -4,6 +4,7 @@ runs/<slug>-<hash8>/
   config.toml resolved.json env.json     asked, fully resolved, versions and device
   cells/<hash8>.json                     one finished cell; rerun = resume
   results.jsonl                          rebuilt from cells/
+  ledger.jsonl                           every private release of every training, written before it happened
   artifacts/<hash8>/                     reconstructions, model.safetensors
   figures/
 """

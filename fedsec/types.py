@@ -123,6 +123,8 @@ class FederationPlan:
     """Training images of each client."""
     client_patients: tuple[int, ...] | None = None
     """Distinct patients of each client, where the data set knows them."""
+    patient_ids: tuple[tuple[int, ...], ...] | None = field(default=None, repr=False)
+    """The patient of each of a client's training images, where the data set knows them; the same number everywhere."""
     layout: Layout | None = None
     """Of the updates: which entries belong to which tensor."""
 

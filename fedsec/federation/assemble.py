@@ -254,8 +254,9 @@ def assemble(cell: Cell, data_dir: Path | None = None) -> Federation:
         client_sizes=tuple(len(rows) for rows in dealt.clients),
         client_patients=None if patients is None else tuple(len(np.unique(patients[r])) for r in dealt.clients),
         layout=sharing.params,
+        patient_ids=patient_ids(patients, dealt.clients),
     )
-    defenses = tuple(d.calibrate(plan) for d in defenses)
+    defenses = tuple(d.calibrate(plan).measure(model, dataset.image_shape) for d in defenses)
     claiming = [d.name for d in defenses if d.privacy() is not None]
     if len(claiming) > 1:
         raise ConfigError(
@@ -290,6 +291,14 @@ def assemble(cell: Cell, data_dir: Path | None = None) -> Federation:
         device=device,
         notes=notes,
     )
+
+
+def patient_ids(patients: np.ndarray | None, clients: tuple[np.ndarray, ...]) -> tuple[tuple[int, ...], ...] | None:
+    """Each client's patients by number, image by image; None where the data set does not know them."""
+    if patients is None or any(str(p) == "" for p in np.unique(patients)):
+        return None
+    codes = np.unique(patients, return_inverse=True)[1]
+    return tuple(tuple(int(c) for c in codes[rows]) for rows in clients)
 
 
 def dataset_of(cell: Cell, data_dir: Path | None = None) -> Dataset:
