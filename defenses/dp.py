@@ -23,7 +23,7 @@ from .dp_step import PrivateStep, Schedule
 
 @dataclass(frozen=True)
 class DPSGD(Defense):
-    """DP-SGD (Abadi et al. 2016): Poisson batches, clipped gradients of images or patients, Gaussian noise on their sum.
+    """DP-SGD (Abadi et al. 2016): Poisson batches, gradients of images or patients clipped, Gaussian noise on the sum.
 
     Each client's noise multiplier is chosen so that the whole run spends `epsilon` at that client: by its own number of
     images or patients, all its steps and all rounds. Every step, an empty one too, adds noise and counts.
@@ -40,7 +40,8 @@ class DPSGD(Defense):
     unit: Annotated[Unit, Field(description="what is protected: one image, or all images of one patient")] = "sample"
     k_max: Annotated[int, Field(ge=1, description="unit=patient: images of one patient in one step, at most")] = 8
     images_per_patient: Annotated[
-        int | None, Field(ge=1, description="unit=patient without patient ids: promise at most so many, group accounting")
+        int | None,
+        Field(ge=1, description="without patient ids: promise at most so many; group accounting"),
     ] = None
     noise_multiplier: Annotated[
         float | None, Field(description="noise divided by clip; replaces epsilon, which then follows from it")

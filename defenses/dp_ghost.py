@@ -126,7 +126,7 @@ def linear(layer: nn.Linear, x: Tensor, gradient: Tensor) -> tuple[Tensor, Finis
 
 
 def gram_is_cheaper(layer: nn.Conv2d, gradient: Tensor) -> bool:
-    """Multiplications of two (h·w)² Gram matrices against those of the gradient itself (Bu et al. 2022, section 3.3)."""
+    """Multiplications of two (h·w)² Gram matrices against those of the gradient itself (Bu et al. 2022, 3.3)."""
     positions = gradient.shape[2] * gradient.shape[3]
     width = layer.weight[0].numel()
     return GRAM_COST * positions * (width + layer.out_channels) < width * layer.out_channels

@@ -49,9 +49,7 @@ def choose(
     for name in PATIENT_ENGINES if repeated else SAMPLE_ENGINES:
         key = (name, *signature)
         try:
-            seconds[name] = REMEMBERED[key] if key in REMEMBERED else _time(
-                model, name, image_shape, count, max_bytes
-            )
+            seconds[name] = REMEMBERED[key] if key in REMEMBERED else _time(model, name, image_shape, count, max_bytes)
             REMEMBERED[key] = seconds[name]
         except Exception as error:  # whatever a foreign architecture does wrong, another engine may do it right
             problems[name] = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -61,14 +59,11 @@ def choose(
     first = next(iter(seconds))
     fastest = min(seconds, key=lambda n: seconds[n])
     chosen = fastest if seconds[first] > LEAD * seconds[fastest] else first
-    times = ", ".join(f"{name} {1e3 * s:.0f}" for name, s in seconds.items())
-    without = f"; not {', '.join(problems)}" if problems else ""
-    return chosen, f"dp: engine {chosen}, from one private step of {count} images each (CPU ms: {times}{without})"
+    without = f"; {', '.join(problems)} cannot work on this model" if problems else ""
+    return chosen, f"dp: gradients are clipped by engine={chosen}, the fastest in one private step{without}"
 
 
-def _time(
-    model: nn.Module, name: str, image_shape: tuple[int, int, int], count: int, max_bytes: int
-) -> float:
+def _time(model: nn.Module, name: str, image_shape: tuple[int, int, int], count: int, max_bytes: int) -> float:
     """CPU seconds of one private step, after another that is checked.
 
     Raises:

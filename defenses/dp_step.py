@@ -20,6 +20,7 @@ ENGINES: Mapping[str, type[Engine]] = {e.name: e for e in (Ghost, Hooks, VMap, M
 MAX_BYTES = 2**30
 """Memory for the gradients of single images."""
 
+
 @dataclass(frozen=True)
 class Schedule:
     """One client's noise and sampling."""

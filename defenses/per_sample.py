@@ -164,7 +164,8 @@ def conv2d(layer: nn.Conv2d, inputs: list[Tensor], gradient: Tensor) -> dict[nn.
 def padded(layer: nn.Conv2d, image: Tensor) -> Tensor:
     """The input of a convolution with its padding, in channels_last memory."""
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    image = F.pad(image.contiguous(memory_format=torch.channels_last), layer._reversed_padding_repeated_twice, mode=mode)
+    image = image.contiguous(memory_format=torch.channels_last)
+    image = F.pad(image, layer._reversed_padding_repeated_twice, mode=mode)
     return image.contiguous(memory_format=torch.channels_last)
 
 

@@ -139,6 +139,8 @@ class Aggregator(ABC):
 
     sees_individuals: ClassVar[bool] = True
     """False: the server learns the sum alone, and so does every attack from its seat."""
+    alone: ClassVar[str] = ""
+    """Why no other rule can stand in its place, and what to choose instead."""
 
     @property
     def needs_root(self) -> bool:

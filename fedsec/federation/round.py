@@ -195,10 +195,8 @@ def run_round(
     start = time.perf_counter()
     limits = max_steps or {}
     turns = [
-        Turn(
-            k, broadcast(seats, state.params, k, ctx), state.buffers, ctx.for_client(k), state.local.get(k), limits.get(k)
-        )
-        for k in participants
+        Turn(k, broadcast(seats, state.params, k, ctx), state.buffers, ctx.for_client(k), state.local.get(k), limit)
+        for k, limit in ((k, limits.get(k)) for k in participants)
     ]
     replies: list[Reply] = sorted_by_client(train(turns))
     failed = {r.client: r.failure for r in replies if r.failure is not None}

@@ -134,7 +134,9 @@ class Heuristic(Event):
     parameters: Mapping[str, Any] = field(default_factory=dict)
 
 
-EVENTS: Mapping[str, type[Event]] = {c.type: c for c in (DPSGDSteps, GaussianSum, LocalGaussian, LocalLaplace, Heuristic)}
+EVENTS: Mapping[str, type[Event]] = {
+    c.type: c for c in (DPSGDSteps, GaussianSum, LocalGaussian, LocalLaplace, Heuristic)
+}
 
 
 def spent(events: Iterable[Event], delta: float, unit: str, assumptions: tuple[str, ...] = ()) -> PrivacySpent | None:

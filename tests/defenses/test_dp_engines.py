@@ -79,7 +79,12 @@ def network(name: str) -> nn.Module:
     if name == "twice":
         return Twice()
     if name == "wide":  # small maps and wide layers: Gram matrices are cheaper here
-        layers = [nn.Conv2d(3, 64, 3, 2, 1), nn.GroupNorm(8, 64), nn.ReLU(), nn.Conv2d(64, 64, 3, 2, padding_mode="reflect")]
+        layers = [
+            nn.Conv2d(3, 64, 3, 2, 1),
+            nn.GroupNorm(8, 64),
+            nn.ReLU(),
+            nn.Conv2d(64, 64, 3, 2, padding_mode="reflect"),
+        ]
         return nn.Sequential(*layers, nn.ReLU(), nn.Conv2d(64, 32, (2, 3), bias=False), nn.Flatten(), nn.Linear(64, 4))
     return models.build(name, num_classes=4, in_channels=3, image_size=16)
 
@@ -176,7 +181,9 @@ def three_steps(model: nn.Module, engine: str, side: int = 64) -> None:
     start = [p.detach().clone() for p in model.parameters()]
     for _ in range(3):
         assert torch.isfinite(step(x, y))
-    assert all(torch.isfinite(p).all() and not torch.equal(p, q) for p, q in zip(model.parameters(), start, strict=True))
+    assert all(
+        torch.isfinite(p).all() and not torch.equal(p, q) for p, q in zip(model.parameters(), start, strict=True)
+    )
     for image, label in zip(x, y, strict=True):
         _, ours = summed(engine, model, image[None], label[None], torch.zeros(1, dtype=torch.long), 1.0)
         norm = torch.cat([t.flatten() for t in ours]).double().norm().item()
