@@ -174,7 +174,8 @@ def add_flat(total: Tensor, vector: Tensor, rows: Tensor) -> None:
 
 
 def _memory_order(rows: Tensor) -> list[int]:
-    return sorted(range(1, rows.dim()), key=lambda i: -rows.stride(i))
+    strides = rows.stride()
+    return sorted(range(1, rows.dim()), key=lambda i: -strides[i])
 
 
 def layer_rules() -> Mapping[type[nn.Module], Any]:

@@ -196,7 +196,7 @@ def group_norm(layer: nn.GroupNorm, inputs: list[Tensor], gradient: Tensor) -> d
     With mean m and deviation s of a channel's group: Σ g (x - m)/s = (Σ g x - m Σ g)/s.
     """
     x, groups = inputs[0], layer.num_groups
-    weight, bias = cast(nn.Parameter, layer.weight), cast(nn.Parameter, layer.bias)
+    weight, bias = layer.weight, layer.bias
     places = tuple(range(2, x.dim()))
     total = gradient.sum(places) if places else gradient
     result: dict[nn.Parameter, Tensor] = {}

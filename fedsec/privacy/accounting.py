@@ -85,12 +85,13 @@ def compose_group(mechanisms: Sequence[Mechanism], delta: float, size: int) -> C
 
     Gaussian steps without sampling: the group's μ is size·μ, exactly. Otherwise (ε', δ') for one unit is
     (k ε', k e^{(k-1) ε'} δ') for k of them, at the δ' for which the latter is `delta`.
-    Source: Dong, Roth & Su 2019, theorem 2.14; Dwork & Roth 2014, theorem 2.2 in its (ε, δ) form (Vadhan 2017, 2.2).
+    Source: Dong, Roth & Su 2019, theorem 2.14; Vadhan 2017, "The complexity of differential privacy", lemma 2.2.
     """
     if size == 1:
         return compose(mechanisms, delta)
-    if all(isinstance(m, Gaussian) and m.q >= 1 for m in mechanisms):
-        return compose([m._replace(noise_multiplier=m.noise_multiplier / size) for m in mechanisms], delta)  # type: ignore[call-arg]
+    gaussians = [m for m in mechanisms if isinstance(m, Gaussian)]
+    if len(gaussians) == len(mechanisms) and all(m.q >= 1 for m in gaussians):
+        return compose([m._replace(noise_multiplier=m.noise_multiplier / size) for m in gaussians], delta)
     if delta == 0:
         one = compose(mechanisms, 0.0)
         return one._replace(epsilon=size * one.epsilon)

@@ -91,11 +91,11 @@ def test_the_release_is_in_the_ledger_before_it_happens(tmp_path: Path, monkeypa
     assert len(Ledger(path).of("train-x")) == 2
 
 
-@pytest.mark.parametrize("limit", [0.5, 2.0, 3.0])
+@pytest.mark.parametrize("limit", [0.1, 1.2, 8.0])
 def test_training_ends_before_the_budget_is_exceeded_and_at_the_last_step_that_fits(
     tmp_path: Path, limit: float
 ) -> None:
-    federation = assemble(cell(f"dp:noise_multiplier=1,max_epsilon={limit},engine=ghost", rounds=6))
+    federation = assemble(cell(f"dp:noise_multiplier=4,max_epsilon={limit},engine=ghost", rounds=6))
     ledger = Ledger(tmp_path / "ledger.jsonl")
     done = train(federation, (), budget=Budget(federation, ledger, "train-x"))
     assert done.privacy.get("epsilon", 0.0) <= limit
@@ -103,7 +103,7 @@ def test_training_ends_before_the_budget_is_exceeded_and_at_the_last_step_that_f
         schedule = federation.seats.defenses[0].schedules[client]  # type: ignore[attr-defined]
         steps = sum(e.count for e in ledger.events if e.client == client)
         if steps < 18:
-            assert compose([Gaussian(1.0, schedule.q, steps + 1)], 1e-5).epsilon > limit
+            assert compose([Gaussian(4.0, schedule.q, steps + 1)], 1e-5).epsilon > limit
     # The largest number of steps that fits is cut within a round, too.
     assert any("privacy budget spent" in note or "stops" in note for note in done.notes) == any(
         s.allowed < 18
@@ -112,7 +112,7 @@ def test_training_ends_before_the_budget_is_exceeded_and_at_the_last_step_that_f
 
 
 def test_the_cut_off_round_really_takes_fewer_steps(tmp_path: Path) -> None:
-    federation = assemble(cell("dp:noise_multiplier=1,max_epsilon=2.5,engine=ghost", rounds=6))
+    federation = assemble(cell("dp:noise_multiplier=4,max_epsilon=1.2,engine=ghost", rounds=6))
     budget = Budget(federation, Ledger(tmp_path / "ledger.jsonl"), "train-x")
     allowed = federation.seats.defenses[0].allowance(0)
     assert allowed is not None and 0 < allowed < 18

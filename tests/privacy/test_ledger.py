@@ -63,7 +63,7 @@ def test_a_damaged_ledger_is_refused_by_line(tmp_path: Path, damage: str) -> Non
     path = tmp_path / "ledger.jsonl"
     Ledger(path).record(one_round(0, 1))
     path.write_text(path.read_text() + damage + "\n")
-    with pytest.raises(RefusedError, match=r"ledger\.jsonl:2"):
+    with pytest.raises(RefusedError, match=r"ledger\.jsonl:3"):
         Ledger(path)
 
 
