@@ -167,4 +167,5 @@ def weight_gradient(layer: nn.Conv2d, x: Tensor, gradient: Tensor) -> Tensor:
 
 
 def _named(layer: nn.Linear | nn.Conv2d, weight: Tensor, bias: Tensor) -> dict[nn.Parameter, Tensor]:
-    return {layer.weight: weight} if layer.bias is None else {layer.weight: weight, layer.bias: bias}
+    named = {cast(nn.Parameter, layer.weight): weight}
+    return named if layer.bias is None else {**named, cast(nn.Parameter, layer.bias): bias}

@@ -69,9 +69,10 @@ class PrivateStep:
         self.clip = clip
         self._ctx = ctx
         self._engine = ENGINES[engine](self.model, max_bytes)
-        self._held = HeldOptimizer(inner.optimizer)
-        self.optimizer: Any = self._held
-        inner.optimizer = self.optimizer
+        held: Any = HeldOptimizer(inner.optimizer)
+        self._held: HeldOptimizer = held
+        self.optimizer: Any = held
+        inner.optimizer = held
         self._noise = ctx.generator("dp-noise", self._engine.parameters[0].device)
         self._units: Tensor | None = None
 

@@ -121,7 +121,7 @@ def test_a_promise_of_few_images_is_accounted_for_groups() -> None:
     ("size", "epsilons"), [(2, (2.15, 4.40, 9.09)), (5, (6.17, 13.27, 29.71)), (10, (14.43, 33.29, 81.41))]
 )
 def test_groups_of_units_without_sampling_are_exact(size: int, epsilons: tuple[float, ...]) -> None:
-    """The specification's table (3.8) at the noise of sample ε = 1, 2, 4; its figures are up to 0.2 % off the exact ones."""
+    """The specification's table (3.8) at sample ε = 1, 2, 4; it is up to 0.2 % off the exact values."""
     for single, group in zip((1, 2, 4), epsilons, strict=True):
         z = 1 / gdp.mu_of(single, 1e-5)
         assert compose_group([Gaussian(z)], 1e-5, size).epsilon == pytest.approx(group, rel=3e-3)
