@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from fedsec.defense import Defense
 from fedsec.errors import ConfigError, RefusedError, RunError
 from fedsec.privacy.gdp import gaussian_sigma
-from fedsec.privacy.ledger import Event, LocalGaussian, LocalLaplace, spent
+from fedsec.privacy.ledger import Event, Heuristic, LocalGaussian, LocalLaplace, spent
 from fedsec.types import FederationPlan, PrivacySpent, RoundContext, Update
 
 UNIT = "client (local)"
@@ -88,6 +88,16 @@ class UpdateNoise(Defense, ABC):
         if std > 0:
             delta = delta + self.draw(delta, std, ctx.generator(f"{self.name}-noise", delta.device))
         return update if delta is update.delta else replace(update, delta=delta)
+
+    def releases(self, ctx: RoundContext) -> Sequence[Event]:
+        """One noised update; without `clip` written down as the heuristic that it is."""
+        assert ctx.client is not None
+        if self.std == 0:
+            return ()
+        if self.clip is None:
+            settings = {"std": self.std, "scaling": self.scaling}
+            return (Heuristic(ctx.client, ctx.round, UNIT, f"{self.name} noise", settings),)
+        return (replace(self.event(ctx.client, 1), round=ctx.round),)
 
     def public_knowledge(self, client: int) -> Mapping[str, Any]:
         """Clip norm and noise; where the noise follows the update, its ratio to the 95th percentile."""

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from fedsec.privacy.ledger import Event
     from fedsec.types import FederationPlan, Payload, PrivacySpent, RoundContext, Update
 
 
@@ -42,6 +43,10 @@ class Defense:
 
     def calibrate(self, plan: FederationPlan) -> Self:
         """Before training: fix what depends on client sizes and rounds, such as a noise multiplier."""
+        return self
+
+    def measure(self, model: nn.Module, image_shape: tuple[int, int, int]) -> Self:
+        """Once, after `calibrate`: choose what depends on this machine's speed and memory, and never on the data."""
         return self
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
@@ -88,8 +93,23 @@ class Defense:
         return {}
 
     def privacy(self) -> PrivacySpent | None:
-        """What the whole run spends, for the ledger; None: no differential-privacy claim."""
+        """What the whole run spends if every client takes part in every round; None: no differential-privacy claim."""
         return None
+
+    def releases(self, ctx: RoundContext) -> Sequence[Event]:
+        """What one client's turn in one round gives away: goes into the ledger before the turn starts."""
+        return ()
+
+    def allowance(self, client: int) -> int | None:
+        """How many steps (releases, where a turn makes one) this client's budget covers in the run; None: any number.
+
+        The round never trains a client beyond it.
+        """
+        return None
+
+    def notes(self) -> tuple[str, ...]:
+        """Sentences that a reader of the result has to know; printed with it."""
+        return ()
 
 
 @dataclass(frozen=True)
@@ -119,6 +139,8 @@ class Aggregator(ABC):
 
     sees_individuals: ClassVar[bool] = True
     """False: the server learns the sum alone, and so does every attack from its seat."""
+    alone: ClassVar[str] = ""
+    """Why no other rule can stand in its place, and what to choose instead."""
 
     @property
     def needs_root(self) -> bool:

@@ -17,6 +17,7 @@ from fedsec.attack import Attack
 from fedsec.config import Cell
 from fedsec.errors import RunError
 from fedsec.federation.assemble import Federation, assemble, build_stack
+from fedsec.federation.budget import Budget
 from fedsec.federation.evaluation import attack_success
 from fedsec.federation.interrogation import interrogate
 from fedsec.federation.training import Training, train
@@ -25,6 +26,7 @@ from fedsec.leakage import Judge, model_state, public_prior, stamped
 from fedsec.machine import prepare_for_small_networks, usable_cores
 from fedsec.metrics.image import pixel_hash
 from fedsec.metrics.robustness import robustness, without_effect
+from fedsec.privacy.ledger import PARTS, Ledger
 from fedsec.progress import Progress
 from fedsec.robust.aggregator import RuleAggregator
 from fedsec.robust.rule import ASSUMED_SHARE, assumed_f
@@ -192,11 +194,14 @@ def open_stage(
     if key in stages and rounds <= stages[key].training.snapshots.keys():
         return stages[key]
     federation = assemble(cell, data_dir)
+    ledger = Ledger(artifacts / PARTS / f"{key}.jsonl")
     training = Training.open(artifacts / key, rounds, federation.dataset.fingerprint)
     computed = training is None
     if training is None:
-        training = train(federation, rounds, progress)
+        training = train(federation, rounds, progress, Budget(federation, ledger, key))
         training.save(artifacts / key, federation)
+    else:
+        ledger.check(key, training.releases)
     stages[key] = Stage(federation, training, computed)
     return stages[key]
 

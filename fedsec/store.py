@@ -5,6 +5,7 @@ runs/<slug>-<hash8>/
   cells/<hash8>.json                     one finished cell; rerun = resume
   failed/<hash8>.json                    why a cell has no result; removed when it has one
   results.jsonl                          rebuilt from cells/
+  ledger.jsonl                           every private release, rebuilt from artifacts/ledgers/, which are written ahead
   artifacts/<hash8>/                     reconstructions, model.safetensors
   figures/
 """
@@ -28,6 +29,7 @@ import tomli_w
 from fedsec.config import Cell, content_hash
 from fedsec.errors import ConfigError
 from fedsec.files import write_json, write_text
+from fedsec.privacy.ledger import PARTS
 
 try:
     import fcntl
@@ -94,9 +96,11 @@ class RunFolder:
             self.rebuild()
 
     def rebuild(self) -> None:
-        """Write results.jsonl from the finished cells."""
+        """Write results.jsonl from the finished cells, and ledger.jsonl from the ledgers of their trainings."""
         lines = [json.dumps(cell, sort_keys=True) for cell in self.results()]
         write_text(self.path / "results.jsonl", "".join(f"{line}\n" for line in lines))
+        ledgers = sorted((self.path / "artifacts" / PARTS).glob("*.jsonl"))
+        write_text(self.path / "ledger.jsonl", "".join(part.read_text(encoding="utf-8") for part in ledgers))
 
     def fail(self, key: str, record: Mapping[str, Any]) -> None:
         """Record why a cell has no result; it is tried again when the run is started again."""

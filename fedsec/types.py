@@ -123,6 +123,10 @@ class FederationPlan:
     """Training images of each client."""
     client_patients: tuple[int, ...] | None = None
     """Distinct patients of each client, where the data set knows them."""
+    patient_ids: tuple[tuple[int, ...], ...] | None = field(default=None, repr=False)
+    """The patient of each of a client's training images, where the data set knows them; the same number everywhere."""
+    clients_per_round: float | None = None
+    """How many clients take part in a round on average; None: all of them."""
     layout: Layout | None = None
     """Of the updates: which entries belong to which tensor."""
 

@@ -149,7 +149,9 @@ def choose_aggregator(defenses: tuple[Defense, ...]) -> Aggregator:
     """
     rules = [(d.name, rule) for d in defenses if (rule := d.aggregator()) is not None]
     if len(rules) > 1:
-        raise ConfigError(f"{' and '.join(name for name, _ in rules)} both aggregate; a stack holds one such rule")
+        why = next((f". {rule.alone}" for _, rule in rules if rule.alone), "")
+        names = " and ".join(name for name, _ in rules)
+        raise ConfigError(f"{names} both aggregate; a stack holds one such rule{why}")
     if not rules:
         return WeightedMean()
     hiding, rule = rules[0]
@@ -172,6 +174,8 @@ def with_shadows(aggregator: Aggregator, shadows: str | None) -> Aggregator:
         return aggregator
     if not aggregator.sees_individuals:
         raise ConfigError(f"shadow_rules={shadows}: the stack hides individual updates from the server")
+    if not isinstance(aggregator, (RuleAggregator, WeightedMean)):
+        raise ConfigError(f"shadow_rules={shadows}: they stand beside a robust rule or the plain mean, not this one")
     rules = [plugins.build("defenses", spec) for spec in plugins.parse_stack(shadows)]
     for rule in rules:
         if not isinstance(rule, WeightRule):
@@ -254,8 +258,10 @@ def assemble(cell: Cell, data_dir: Path | None = None) -> Federation:
         client_sizes=tuple(len(rows) for rows in dealt.clients),
         client_patients=None if patients is None else tuple(len(np.unique(patients[r])) for r in dealt.clients),
         layout=sharing.params,
+        patient_ids=patient_ids(patients, dealt.clients),
+        clients_per_round=Participation.parse(settings.participation).expected(len(dealt.clients)),
     )
-    defenses = tuple(d.calibrate(plan) for d in defenses)
+    defenses = tuple(d.calibrate(plan).measure(model, dataset.image_shape) for d in defenses)
     claiming = [d.name for d in defenses if d.privacy() is not None]
     if len(claiming) > 1:
         raise ConfigError(
@@ -290,6 +296,14 @@ def assemble(cell: Cell, data_dir: Path | None = None) -> Federation:
         device=device,
         notes=notes,
     )
+
+
+def patient_ids(patients: np.ndarray | None, clients: tuple[np.ndarray, ...]) -> tuple[tuple[int, ...], ...] | None:
+    """Each client's patients by number, image by image; None where the data set does not know them."""
+    if patients is None or any(str(p) == "" for p in np.unique(patients)):
+        return None
+    codes = np.unique(patients, return_inverse=True)[1]
+    return tuple(tuple(int(c) for c in codes[rows]) for rows in clients)
 
 
 def dataset_of(cell: Cell, data_dir: Path | None = None) -> Dataset:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -66,6 +67,7 @@ def train_locally(
     recipe: LocalRecipe,
     ctx: RoundContext,
     batches: Iterable[Tensor] | None = None,
+    max_steps: int | None = None,
 ) -> tuple[float, int]:
     """Run one round of local training.
 
@@ -75,6 +77,7 @@ def train_locally(
         recipe: how clients train.
         ctx: the client's own.
         batches: index tensors to train on instead of those that the step draws.
+        max_steps: stop after so many.
 
     Returns:
         mean loss over the steps (NaN where there was none), and the number of steps.
@@ -82,7 +85,8 @@ def train_locally(
     step.model.train(recipe.mode == "train")
     total: Tensor | float = 0.0
     steps = 0
-    for batch in step.batches(len(x), ctx) if batches is None else batches:
+    drawn = step.batches(len(x), ctx) if batches is None else batches
+    for batch in itertools.islice(drawn, max_steps):
         rows = batch.to(x.device)
         total = total + step(x[rows], y[rows])
         steps += 1

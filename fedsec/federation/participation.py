@@ -33,6 +33,10 @@ class Participation:
             pass
         raise ConfigError(f"participation={text}: write full, a fraction in (0, 1], or intermittent:p=0.8")
 
+    def expected(self, num_clients: int) -> float:
+        """How many clients take part in a round on average."""
+        return num_clients * self.p if self.p is not None else max(1, round(self.fraction * num_clients))
+
     def select(self, num_clients: int, ctx: RoundContext) -> list[int]:
         """The clients of this round, sorted; never empty."""
         rng = ctx.numpy("participation")

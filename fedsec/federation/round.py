@@ -59,6 +59,8 @@ class Turn:
     """The client's own."""
     local: Tensor | None = None
     """The client's personal tensors from its last round, where the strategy keeps some."""
+    max_steps: int | None = None
+    """Local steps that its privacy budget still allows, where these are fewer than planned."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ def client_update(
     step: LocalStep = PlainStep(model, seats.recipe)
     for defense in seats.defenses:
         step = defense.local_step(step, ctx)
-    loss, steps = train_locally(step, x, y, seats.recipe, ctx, batches)
+    loss, steps = train_locally(step, x, y, seats.recipe, ctx, batches, turn.max_steps)
     tensors = dict(model.state_dict(keep_vars=True))
     update = Update(
         client=turn.client,
@@ -187,12 +189,14 @@ def run_round(
     participants: Sequence[int],
     ctx: RoundContext,
     train: Callable[[Sequence[Turn]], Sequence[Reply]],
+    max_steps: Mapping[int, int] | None = None,
 ) -> RoundRecord:
     """One round; `state` is updated in place. `train` is the engine: it carries out the clients' turns."""
     start = time.perf_counter()
+    limits = max_steps or {}
     turns = [
-        Turn(k, broadcast(seats, state.params, k, ctx), state.buffers, ctx.for_client(k), state.local.get(k))
-        for k in participants
+        Turn(k, broadcast(seats, state.params, k, ctx), state.buffers, ctx.for_client(k), state.local.get(k), limit)
+        for k, limit in ((k, limits.get(k)) for k in participants)
     ]
     replies: list[Reply] = sorted_by_client(train(turns))
     failed = {r.client: r.failure for r in replies if r.failure is not None}

@@ -19,9 +19,11 @@ from torch import Tensor
 
 from fedsec import checkpoint
 from fedsec.federation.assemble import Federation
+from fedsec.federation.budget import Budget
 from fedsec.federation.evaluation import curve_point, evaluate
 from fedsec.federation.round import RoundRecord, load, run_round
 from fedsec.files import write_json
+from fedsec.privacy.ledger import Ledger
 from fedsec.progress import Progress
 from fedsec.types import RoundContext, to_json
 
@@ -39,6 +41,8 @@ class Training:
     notes: tuple[str, ...]
     fingerprint: str
     """Of the data set."""
+    releases: int = 0
+    """Events of this training in the run's ledger."""
 
     def save(self, folder: Path, federation: Federation) -> None:
         """Write the training to a folder that appears whole or not at all."""
@@ -96,15 +100,21 @@ def model_record(federation: Federation) -> dict[str, Any]:
     }
 
 
-def train(federation: Federation, keep: Iterable[int], progress: Progress | None = None) -> Training:
+def train(
+    federation: Federation, keep: Iterable[int], progress: Progress | None = None, budget: Budget | None = None
+) -> Training:
     """Run all rounds.
 
     Args:
         federation: as `assemble` gives it.
         keep: rounds whose broadcast model is kept for attacks; the released model is always kept.
         progress: told after every round.
+        budget: the ledger; by default one that is thrown away.
     """
     progress = progress or Progress()
+    if budget is None:
+        with tempfile.TemporaryDirectory() as folder:
+            return train(federation, keep, progress, Budget(federation, Ledger(Path(folder) / "ledger.jsonl"), "train"))
     settings = federation.cell.federation
     state = federation.initial_state()
     keep = set(keep)
@@ -119,26 +129,31 @@ def train(federation: Federation, keep: Iterable[int], progress: Progress | None
             if number in keep:
                 snapshots[number] = (state.params.cpu().clone(), state.buffers.cpu().clone())
             present = federation.participation.select(len(federation.clients), ctx)
-            record = run_round(federation.seats, state, present, ctx, engine.train)
+            present, limits = budget.admit(present, ctx)
+            record = run_round(federation.seats, state, present, ctx, engine.train, limits)
             training_seconds += record.seconds
             auc = curve_point(federation, state.params, state.buffers, state.local)
             history.append(_plain(record, auc))
             progress.advance(number, f"validation AUC {auc:.3f}" + _trouble(record))
     snapshots[settings.rounds + 1] = (state.params.cpu(), state.buffers.cpu())
     utility = evaluate(federation, state.params, state.buffers, state.local)
+    budget.close()
+    uploads = [r["upload_bytes"] for r in history if r["upload_bytes"]]
+    sent = uploads[-1] if uploads else 0
     return Training(
         snapshots=snapshots,
         history=tuple(history),
         utility=utility,
-        privacy=privacy_spent(federation),
+        privacy=privacy_spent(federation, budget),
         cost={
             "seconds": round(time.perf_counter() - start, 3),
             "rounds_per_second": round(settings.rounds / max(training_seconds, 1e-9), 3),
-            "upload_bytes_per_client": history[-1]["upload_bytes"],
-            "expansion": round(history[-1]["upload_bytes"] / max(1, plain_bytes(federation)), 4),
+            "upload_bytes_per_client": sent,
+            "expansion": round(sent / max(1, plain_bytes(federation)), 4),
         },
-        notes=federation.notes,
+        notes=(*federation.notes, *(n for d in federation.seats.defenses for n in d.notes()), *budget.notes()),
         fingerprint=federation.dataset.fingerprint,
+        releases=len(budget.events),
     )
 
 
@@ -147,9 +162,9 @@ def plain_bytes(federation: Federation) -> int:
     return 4 * (federation.seats.sharing.params.size + federation.seats.sharing.buffers.size)
 
 
-def privacy_spent(federation: Federation) -> dict[str, Any]:
-    """What the stack's one claim amounts to over the whole run; empty where it makes none."""
-    claim = next((c for d in federation.seats.defenses if (c := d.privacy()) is not None), None)
+def privacy_spent(federation: Federation, budget: Budget) -> dict[str, Any]:
+    """What the stack's one claim amounts to by the ledger; empty where it makes none."""
+    claim = budget.claim()
     if claim is None:
         return {}
     result = asdict(claim)

@@ -80,6 +80,60 @@ def compose(mechanisms: Iterable[Mechanism], delta: float) -> Composition:
     return _compose(tuple(merged), delta)
 
 
+def compose_group(mechanisms: Sequence[Mechanism], delta: float, size: int) -> Composition:
+    """The (ε, δ) of a group of `size` units, such as all images of one patient, where single units are protected.
+
+    Gaussian steps without sampling: the group's μ is size·μ, exactly. Otherwise (ε', δ') for one unit is
+    (k ε', k e^{(k-1) ε'} δ') for k of them, at the δ' for which the latter is `delta`.
+    Source: Dong, Roth & Su 2019, theorem 2.14; Vadhan 2017, "The complexity of differential privacy", lemma 2.2.
+    """
+    if size == 1:
+        return compose(mechanisms, delta)
+    gaussians = [m for m in mechanisms if isinstance(m, Gaussian)]
+    if len(gaussians) == len(mechanisms) and all(m.q >= 1 for m in gaussians):
+        return compose([m._replace(noise_multiplier=m.noise_multiplier / size) for m in gaussians], delta)
+    if delta == 0:
+        one = compose(mechanisms, 0.0)
+        return one._replace(epsilon=size * one.epsilon)
+
+    def needed(log_delta: float) -> float:
+        return math.log(size) + (size - 1) * compose(mechanisms, math.exp(log_delta)).epsilon + log_delta
+
+    # ε' grows as δ' shrinks, so that a few fixed-point steps from the largest δ' go down to one that is small enough.
+    target, guess = math.log(delta), math.log(delta / size)
+    for _ in range(60):
+        excess = needed(guess) - target
+        if excess <= 0:
+            result = compose(mechanisms, math.exp(guess))
+            note = "; ".join(filter(None, (result.note, f"group privacy of {size} images")))
+            return Composition(size * result.epsilon, delta, result.accountant, note)
+        guess -= excess * 1.05 + 1e-3
+        if guess < -650:
+            break
+    return Composition(math.inf, delta, "rdp", f"no finite epsilon for groups of {size} images at this noise")
+
+
+def affordable_steps(mechanism: Gaussian, delta: float, budget: float, most: int, size: int = 1) -> int:
+    """The largest number of steps, at most `most`, that spend no more than `budget`; exact for the accountants used.
+
+    The RDP bound is asked first: it is quick, and never smaller but for numerical error.
+    """
+
+    def fits(steps: int) -> bool:
+        some = mechanism._replace(steps=steps)
+        if size == 1 and rdp_epsilon([some], delta) + PRV_ERROR <= budget:
+            return True
+        return compose_group([some], delta, size).epsilon <= budget
+
+    if most <= 0 or fits(most):
+        return max(0, most)
+    low, high = 0, most
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
 @lru_cache(maxsize=4096)
 def _compose(mechanisms: tuple[Mechanism, ...], delta: float) -> Composition:
     gaussians = [m for m in mechanisms if isinstance(m, Gaussian)]

@@ -12,8 +12,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from fedsec.errors import RefusedError
-from fedsec.privacy.accounting import Gaussian, Laplace, Mechanism, compose
+from fedsec.privacy.accounting import Gaussian, Laplace, Mechanism, compose_group
 from fedsec.types import PrivacySpent
+
+
+PARTS = "ledgers"
+"""Folder with one ledger for each training of a run: processes that train at the same time do not write into each
+other's. The run's `ledger.jsonl` is made of them."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,15 @@ class Event:
         """What the accountant sees; None: no guarantee."""
         return None
 
+    @property
+    def count(self) -> int:
+        """Noisy steps, or releases where a turn makes one."""
+        return 1
+
+    def limited(self, count: int) -> Event:
+        """The same with no more than `count` steps."""
+        return self
+
 
 @dataclass(frozen=True)
 class DPSGDSteps(Event):
@@ -42,11 +56,47 @@ class DPSGDSteps(Event):
     steps: int
     clip: float
     num_units: int
+    """The client's own images or patients: `q` comes from them."""
     expected_batch: float
+    """Units in a batch on average: what sums are divided by."""
+    sampler: str = "poisson"
+    group: int = 1
+    """Clipped units (images) that belong to one protected unit (a patient), at most."""
+    rng: str = "seeded"
+    adjacency: str = "add_remove"
 
     def mechanism(self) -> Mechanism:
         """Sampled Gaussian steps."""
         return Gaussian(self.noise_multiplier, self.q, self.steps)
+
+    @property
+    def count(self) -> int:
+        """Steps."""
+        return self.steps
+
+    def limited(self, count: int) -> DPSGDSteps:
+        """The same with no more than `count` steps."""
+        return dataclasses.replace(self, steps=min(self.steps, count))
+
+
+@dataclass(frozen=True)
+class GaussianSum(Event):
+    """Gaussian noise that the server puts on a sum of clipped updates, seen from one of the clients in it."""
+
+    type: ClassVar[str] = "gaussian_sum"
+    noise_multiplier: float
+    """Standard deviation of the noise divided by the clip norm."""
+    clip: float
+    participation: str = "full"
+    """Written down; it never lowers an ε, since the server knows who took part."""
+    noise_by: str = "server"
+    releases: int = 1
+    rng: str = "seeded"
+    adjacency: str = "add_remove"
+
+    def mechanism(self) -> Mechanism:
+        """Gaussian releases without sampling."""
+        return Gaussian(self.noise_multiplier, 1.0, self.releases)
 
 
 @dataclass(frozen=True)
@@ -89,7 +139,9 @@ class Heuristic(Event):
     parameters: Mapping[str, Any] = field(default_factory=dict)
 
 
-EVENTS: Mapping[str, type[Event]] = {c.type: c for c in (DPSGDSteps, LocalGaussian, LocalLaplace, Heuristic)}
+EVENTS: Mapping[str, type[Event]] = {
+    c.type: c for c in (DPSGDSteps, GaussianSum, LocalGaussian, LocalLaplace, Heuristic)
+}
 
 
 def spent(events: Iterable[Event], delta: float, unit: str, assumptions: tuple[str, ...] = ()) -> PrivacySpent | None:
@@ -99,23 +151,35 @@ def spent(events: Iterable[Event], delta: float, unit: str, assumptions: tuple[s
     spends the maximum over clients, never the sum (parallel composition).
     """
     by_client: defaultdict[int, list[Mechanism]] = defaultdict(list)
+    sizes: defaultdict[int, int] = defaultdict(lambda: 1)
     for event in events:
         if event.unit == unit and (mechanism := event.mechanism()) is not None:
             by_client[event.client].append(mechanism)
+            sizes[event.client] = max(sizes[event.client], getattr(event, "group", 1))
     if not by_client:
         return None
-    results = {client: compose(mechanisms, delta) for client, mechanisms in sorted(by_client.items())}
+    results = {client: compose_group(ms, delta, sizes[client]) for client, ms in sorted(by_client.items())}
     worst = max(results.values())
     notes = (f"accountant: {worst.note}",) if worst.note else ()
     per_client = {client: result.epsilon for client, result in results.items()}
     return PrivacySpent(worst.epsilon, worst.delta, unit, worst.accountant, (*assumptions, *notes), per_client)
 
 
+@dataclass(frozen=True)
+class Attempt:
+    """One training in the file: what it claims, and everything that it released."""
+
+    training: str
+    header: Mapping[str, Any]
+    events: list[Event] = field(default_factory=list)
+    finished: bool = False
+
+
 class Ledger:
-    """An append-only JSON-lines file of events that survives a restart.
+    """The append-only JSON-lines file of a run: for each training a header, its events, and a line when it is done.
 
     Args:
-        path: opened where it exists, made by the first event otherwise.
+        path: read where it exists, made by the first line otherwise.
 
     Raises:
         RefusedError: a line that cannot be read; without it every ε would be too small.
@@ -123,32 +187,86 @@ class Ledger:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.attempts: list[Attempt] = []
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        self._events = [self._read(line, number) for number, line in enumerate(lines, start=1)]
+        for number, line in enumerate(lines, start=1):
+            self._read(line, number)
 
     @property
     def events(self) -> tuple[Event, ...]:
         """Everything that was recorded, in order."""
-        return tuple(self._events)
+        return tuple(event for attempt in self.attempts for event in attempt.events)
+
+    def begin(self, training: str, **header: Any) -> None:
+        """Start a training: all events until the next `begin` are its own."""
+        self._write({"type": "training", "training": training, **header})
+        self.attempts.append(Attempt(training, header))
 
     def record(self, event: Event) -> None:
         """Write an event down, on disk before this returns; call it before the release leaves the client."""
-        line = json.dumps({"type": event.type, **dataclasses.asdict(event)}, sort_keys=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        self._events.append(event)
+        if not self.attempts:
+            self.begin("unnamed")
+        self._write({"type": event.type, **dataclasses.asdict(event)})
+        self.attempts[-1].events.append(event)
+
+    def finish(self) -> None:
+        """The training that was begun last is complete."""
+        last = self.attempts[-1]
+        self._write({"type": "finished", "training": last.training, "events": len(last.events)})
+        self.attempts[-1] = dataclasses.replace(last, finished=True)
+
+    def of(self, training: str) -> tuple[Event, ...]:
+        """All that one training released.
+
+        Attempts that were cut off count too. Only where their noise came from the seed they do not: the next attempt
+        released the very same numbers again.
+        """
+        attempts = [a for a in self.attempts if a.training == training]
+        last = attempts[-1:]
+        counted = [a for a in attempts[:-1] if any(getattr(e, "rng", "seeded") != "seeded" for e in a.events)]
+        return tuple(event for attempt in (*counted, *last) for event in attempt.events)
+
+    def check(self, training: str, events: int) -> None:
+        """Hold a finished training against the file.
+
+        Raises:
+            RefusedError: the file is gone or shorter than what the training released.
+        """
+        found = len(self.of(training))
+        if found < events:
+            raise RefusedError(
+                f"{self.path}: {found} events for {training}, which released {events}; restore the file or start a new "
+                "run, since an incomplete ledger proves no epsilon"
+            )
 
     def spent(self, delta: float, unit: str, assumptions: tuple[str, ...] = ()) -> PrivacySpent | None:
         """What the recorded events with this unit spend (see `spent`)."""
-        return spent(self._events, delta, unit, assumptions)
+        return spent(self.events, delta, unit, assumptions)
 
-    def _read(self, line: str, number: int) -> Event:
+    def _write(self, content: Mapping[str, Any]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(content, sort_keys=True) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _read(self, line: str, number: int) -> None:
         try:
             content = json.loads(line)
-            return EVENTS[content.pop("type")](**content)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            kind = content.pop("type")
+            if kind == "training":
+                self.attempts.append(Attempt(content.pop("training"), content))
+            elif kind == "finished":
+                complete = len(self.attempts[-1].events) == content["events"]
+                if not complete or content["training"] != self.attempts[-1].training:
+                    raise ValueError("events are missing before it")
+                self.attempts[-1] = dataclasses.replace(self.attempts[-1], finished=True)
+            else:
+                event = EVENTS[kind](**content)
+                if not self.attempts:
+                    self.attempts.append(Attempt("unnamed", {}))
+                self.attempts[-1].events.append(event)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise RefusedError(
                 f"{self.path}:{number}: not a ledger event ({error}); restore the file or start a new run, "
                 "since an incomplete ledger proves no epsilon"

@@ -36,6 +36,8 @@ class Row:
 ROWS = {
     # DP-SGD without noise is refused by name; with next to none it is plain SGD to rounding.
     "dp": Row({"noise_multiplier": 1.0}, {"noise_multiplier": 1e-9, "clip": 1e3}, tolerance=1e-5),
+    # Its noise is on the server: at the client only the clip shows.
+    "dp_client": Row({"noise_multiplier": 1.0, "clip": 0.01}, {"noise_multiplier": 1e-9, "clip": 1e3}, random=False),
     "gaussian": Row({"sigma": 0.1}, {"sigma": 0.0}),
     "laplace": Row({"sigma": 0.1}, {"sigma": 0.0}),
     "topk": Row({"fraction": 0.1}, {"fraction": 1.0}, random=False),

@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fedsec.defenses import dp_step
 from fedsec.defenses.dp import DPSGD
 from fedsec.defenses.dp_step import PrivateStep
 from hypothesis import given, settings
@@ -246,14 +245,14 @@ def test_an_empty_batch_moves_the_weights_and_costs_nothing_else() -> None:
     assert torch.isfinite(step(*images(3)))
 
 
-def test_large_batches_in_pieces_are_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_batches_in_pieces_are_one_step() -> None:
     x, y = images(11)
     whole = released(WEAK, x, y)
     noise = released(DPSGD(noise_multiplier=1.0), x, y)
-    monkeypatch.setattr(dp_step, "MAX_GRADIENT_BYTES", 4 * len(whole) * 4)
-    assert private_step(WEAK, network(), plan())._piece == 4
-    torch.testing.assert_close(released(WEAK, x, y), whole, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(released(DPSGD(noise_multiplier=1.0), x, y), noise, rtol=1e-4, atol=1e-5)
+    small = {"engine": "hooks", "max_memory": 16e-9 * len(whole)}
+    assert private_step(replace(WEAK, **small), network(), plan())._engine.piece == 4
+    torch.testing.assert_close(released(replace(WEAK, **small), x, y), whole, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(released(DPSGD(noise_multiplier=1.0, **small), x, y), noise, rtol=1e-4, atol=1e-5)
 
 
 def test_the_returned_loss_is_the_mean_over_the_batch() -> None:

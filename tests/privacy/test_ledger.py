@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fedsec.errors import RefusedError
 from fedsec.privacy.accounting import Gaussian, compose
-from fedsec.privacy.ledger import DPSGDSteps, Heuristic, Ledger, LocalGaussian, LocalLaplace, spent
+from fedsec.privacy.ledger import DPSGDSteps, GaussianSum, Heuristic, Ledger, LocalGaussian, LocalLaplace, spent
 
 DELTA = 1e-5
 
@@ -47,6 +48,7 @@ def test_every_event_survives_the_file(tmp_path: Path) -> None:
         LocalGaussian(0, 1, "client (local)", 2.0, 1.0),
         LocalLaplace(0, 2, "client (local)", 5.0, 2.0, 3),
         Heuristic(1, 1, "update", "percentile noise", {"sigma": 0.1}),
+        GaussianSum(2, 4, "client (central)", 1.5, 0.5, "0.5"),
     ]
     ledger = Ledger(tmp_path / "ledger.jsonl")
     for event in events:
@@ -61,7 +63,7 @@ def test_a_damaged_ledger_is_refused_by_line(tmp_path: Path, damage: str) -> Non
     path = tmp_path / "ledger.jsonl"
     Ledger(path).record(one_round(0, 1))
     path.write_text(path.read_text() + damage + "\n")
-    with pytest.raises(RefusedError, match=r"ledger\.jsonl:2"):
+    with pytest.raises(RefusedError, match=r"ledger\.jsonl:3"):
         Ledger(path)
 
 
@@ -81,3 +83,40 @@ def test_the_reason_for_the_upper_bound_is_reported() -> None:
     assert result is not None
     assert result.accountant == "rdp"
     assert any("PRV skipped" in text for text in result.assumptions)
+
+
+def test_a_training_that_was_killed_counts_once_with_seeded_and_twice_with_fresh_noise(tmp_path: Path) -> None:
+    """P15: seeded noise releases the very same numbers again; fresh noise does not."""
+    for rng, expected in (("seeded", 3), ("system", 5)):
+        path = tmp_path / rng
+        for rounds in (2, 3):
+            ledger = Ledger(path)
+            ledger.begin("train-a", delta=DELTA)
+            for number in range(1, rounds + 1):
+                ledger.record(replace(one_round(0, number), rng=rng))
+        ledger.finish()
+        ledger.begin("train-b")
+        ledger.record(one_round(7, 1))
+        assert len(Ledger(path).of("train-a")) == expected
+        assert [a.finished for a in Ledger(path).attempts] == [False, True, False]
+        assert Ledger(path).attempts[0].header == {"delta": DELTA}
+
+
+def test_a_ledger_shorter_than_its_training_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    ledger = Ledger(path)
+    ledger.begin("train-a")
+    for number in (1, 2):
+        ledger.record(one_round(0, number))
+    ledger.finish()
+    Ledger(path).check("train-a", 2)
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(lines[:2]) + "\n")
+    with pytest.raises(RefusedError, match="1 events for train-a, which released 2"):
+        Ledger(path).check("train-a", 2)
+    path.unlink()
+    with pytest.raises(RefusedError, match="0 events for train-a"):
+        Ledger(path).check("train-a", 2)
+    path.write_text("\n".join([*lines[:2], lines[3]]) + "\n")
+    with pytest.raises(RefusedError, match=r"ledger\.jsonl:3: .*events are missing"):
+        Ledger(path)
