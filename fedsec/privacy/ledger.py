@@ -15,7 +15,6 @@ from fedsec.errors import RefusedError
 from fedsec.privacy.accounting import Gaussian, Laplace, Mechanism, compose_group
 from fedsec.types import PrivacySpent
 
-
 PARTS = "ledgers"
 """Folder with one ledger for each training of a run: processes that train at the same time do not write into each
 other's. The run's `ledger.jsonl` is made of them."""
