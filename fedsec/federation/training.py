@@ -136,8 +136,9 @@ def train(federation: Federation, keep: Iterable[int], progress: Progress | None
             "rounds_per_second": round(settings.rounds / max(training_seconds, 1e-9), 3),
             "upload_bytes_per_client": history[-1]["upload_bytes"],
             "expansion": round(history[-1]["upload_bytes"] / max(1, plain_bytes(federation)), 4),
+            **({"aggregation": to_json(report)} if (report := federation.seats.aggregator.report()) else {}),
         },
-        notes=federation.notes,
+        notes=(*federation.notes, *federation.seats.aggregator.notes()),
         fingerprint=federation.dataset.fingerprint,
     )
 
