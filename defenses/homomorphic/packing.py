@@ -8,8 +8,12 @@ import numpy.typing as npt
 from fedsec.errors import RunError
 
 Vector = npt.NDArray[np.float64]
-MARKS = 2
-"""Every block ends in the client's weight and a 1.0, the sentinel: their sums are Σ w_k and the number of clients."""
+MARKS = 3
+"""Every block holds the client's weight and two sentinels of 1.0: their sums are Σ w_k and the number of clients.
+
+Two, since a coefficient that wraps around adds q·ζ/scale to every slot: the same complex slot holds a sentinel in its
+real and one in its imaginary part, so that it shows whatever the phase of ζ (one alone was seen to miss a wrap).
+"""
 TOLERANCE = 1e-3
 
 
@@ -18,18 +22,24 @@ class AggregateOverflow(RunError):
 
 
 def pack(vector: Vector, weight: float, slots: int) -> Vector:
-    """(blocks, slots): the vector in order, zeros where the last block is not full, and the two marks.
+    """(blocks, slots): the vector in order, zeros where the last block is not full, and the marks.
 
     Args:
         vector: (m,). weight: w_k. slots: numbers in one ciphertext.
     """
-    room = slots - MARKS
     blocks = np.zeros((count_blocks(vector.size, slots), slots))
-    for block, start in zip(blocks, range(0, vector.size, room), strict=False):
-        part = vector[start : start + room]
-        block[: part.size] = part
-    blocks[:, -2], blocks[:, -1] = weight, 1.0
+    padded = np.zeros(len(blocks) * (slots - MARKS))
+    padded[: vector.size] = vector
+    blocks[:, _room(slots)] = padded.reshape(len(blocks), -1)
+    blocks[:, -2], blocks[:, slots // 2 - 1], blocks[:, -1] = weight, 1.0, 1.0
     return blocks
+
+
+def _room(slots: int) -> npt.NDArray[np.bool_]:
+    """(slots,) where values lie."""
+    room = np.ones(slots, dtype=bool)
+    room[[slots // 2 - 1, slots - 2, slots - 1]] = False
+    return room
 
 
 def count_blocks(values: int, slots: int) -> int:
@@ -43,13 +53,14 @@ def unpack(blocks: Vector, values: int, clients: int) -> tuple[Vector, float]:
     Raises:
         AggregateOverflow: a sentinel is not the number of clients, or the blocks disagree about Σ w_k.
     """
-    marks = blocks[:, -1]
+    slots = blocks.shape[1]
+    marks = blocks[:, [slots // 2 - 1, slots - 1]]
     wrong = ~(np.abs(marks - clients) <= TOLERANCE)  # NaN is wrong too
     weights = blocks[:, -2]
     if wrong.any() or not np.ptp(weights) <= TOLERANCE or not np.isfinite(blocks).all():
         shown = float(marks[wrong][0]) if wrong.any() else float(np.ptp(weights))
         raise AggregateOverflow(
-            f"he: {int(wrong.sum()) or 1} of {len(blocks)} decrypted blocks fail their check ({shown:.6g} where "
+            f"he: {int(wrong.any(1).sum()) or 1} of {len(blocks)} decrypted blocks fail their check ({shown:.6g} where "
             f"{clients if wrong.any() else 0} is due): overflow, a tampered ciphertext or a wrong key; nothing was used"
         )
-    return blocks[:, :-MARKS].reshape(-1)[:values], float(weights.mean())
+    return blocks[:, _room(slots)].reshape(-1)[:values], float(weights.mean())

@@ -31,9 +31,8 @@ class FixedPoint:
 
     @property
     def scale(self) -> float:
-        """s = ⌊(2^(k−1) − 1)/(K·c)⌋, or the same ratio where that is below one."""
-        exact = (2 ** (self.bits - 1) - 1) / (self.clients * self.bound)
-        return float(math.floor(exact)) if exact >= 1 else exact
+        """s = ⌊(2^(k−1) − 1)/K⌋/c: rounded *integers* of K clients have to fit, not only what they are rounded from."""
+        return ((2 ** (self.bits - 1) - 1) // self.clients) / self.bound
 
     @property
     def wide_scale(self) -> float:

@@ -172,9 +172,7 @@ class Client:
 
     def _enough(self, clients: Collection[int], what: str) -> None:
         if len(clients) < self.needed:
-            raise PayloadError(
-                f"client {self.index}: {len(clients)} clients {what}, it goes on with {self.needed} or more"
-            )
+            raise PayloadError(f"client {self.index}: {len(clients)} clients {what}, it needs {self.needed} to go on")
 
     def _sealing_key(self, sender: int, receiver: int, public: bytes) -> bytes:
         return derive(exchange(self.share_key, public), self.session, f"share {sender} to {receiver}")
