@@ -129,6 +129,8 @@ class Aggregation:
     shadows: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Rule that was not applied -> its weights and suspicion on the same updates, or why it had no answer."""
     flags: tuple[str, ...] = ()
+    rejected: Mapping[int, str] = field(default_factory=dict)
+    """Client -> why its payload was left out, where only the rule itself could tell."""
 
 
 class Aggregator(ABC):
@@ -141,6 +143,18 @@ class Aggregator(ABC):
     """False: the server learns the sum alone, and so does every attack from its seat."""
     alone: ClassVar[str] = ""
     """Why no other rule can stand in its place, and what to choose instead."""
+
+    def readable(self, payload: Payload) -> Update | None:
+        """What of this payload the server can read; None: nothing of its own, it enters a sum alone."""
+        return payload.content if self.sees_individuals else None
+
+    def report(self) -> Mapping[str, Any]:
+        """After training: what a result says of this rule under `cost.aggregation` (sizes, seconds, keys, errors)."""
+        return {}
+
+    def notes(self) -> tuple[str, ...]:
+        """After training: sentences that a reader of the result has to know."""
+        return ()
 
     @property
     def needs_root(self) -> bool:

@@ -31,6 +31,10 @@ class RefusedError(FedsecError):
     exit_code = 4
 
 
+class PayloadError(ValueError):
+    """One client's update cannot be sent, or its payload cannot be used: the round goes on without that client."""
+
+
 class DataError(ConfigError):
     """A data set or one of its files is wrong.
 

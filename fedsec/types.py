@@ -72,6 +72,8 @@ class RoundContext:
     rounds: int
     client: int | None = None
     """The client whose turn it is; None on the server."""
+    cohort: tuple[int, ...] | None = None
+    """The clients that this round was dealt to; None: every client of the federation."""
 
     def for_client(self, client: int) -> RoundContext:
         """The same round seen from one client's seat."""
@@ -129,6 +131,8 @@ class FederationPlan:
     """How many clients take part in a round on average; None: all of them."""
     layout: Layout | None = None
     """Of the updates: which entries belong to which tensor."""
+    weights: tuple[float, ...] | None = None
+    """What the strategy gives each client when all reply; None: in proportion to `client_sizes`."""
 
     def steps_per_round(self, client: int) -> int:
         """Optimisation steps that this client takes in one round."""
@@ -212,6 +216,10 @@ class Payload:
     """The claimed number of training images, where it travels in clear."""
     norm: float | None = None
     """‖Δ‖ as the server's screening measured it."""
+    stages: Mapping[str, float] = field(default_factory=dict)
+    """Simulation only: CPU seconds of the client's stages of encoding."""
+    forged: Update | None = None
+    """Simulation only: what a malicious client had encoded. No view holds it."""
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ LAYERS = [
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 HEAVY = {
     "opacus": {"defenses/", "fedsec/privacy/accounting.py"},
-    "tenseal": {"defenses/homomorphic.py"},
+    "tenseal": {"defenses/homomorphic/"},
     "flwr": {"fedsec/federation/engines/flower.py"},
     "click": {"fedsec/cli/"},
     "rich": {"fedsec/cli/"},

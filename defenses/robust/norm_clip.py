@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
 
+from fedsec.errors import ConfigError
 from fedsec.robust.rule import Seen, Weighing, WeightRule
 
 if TYPE_CHECKING:
+    from fedsec.robust.aggregator import RuleAggregator
     from fedsec.robust.geometry import Vector
+    from fedsec.types import RoundContext, Update
 
 QUANTILE = 0.5
 """Share of clients that the adaptive bound lets through unclipped."""
@@ -40,6 +43,29 @@ class NormClip(WeightRule):
     c: Annotated[
         float, Field(gt=0, description="the multiple, or the fixed norm; 1 is expensive where sites differ")
     ] = 2.0
+    at: Annotated[
+        Literal["server", "client"],
+        Field(description="who shortens; client: with bound=fixed alone, for servers that see no individual update"),
+    ] = "server"
+
+    def __post_init__(self) -> None:
+        if self.at == "client" and self.bound != "fixed":
+            raise ConfigError("norm_clip: at=client needs bound=fixed, since a client knows no norm but its own")
+
+    def aggregator(self) -> RuleAggregator | None:  # type: ignore[override]
+        """The rule on the server; nothing where the clients clip themselves."""
+        return super().aggregator() if self.at == "server" else None
+
+    def on_upload(self, update: Update, ctx: RoundContext) -> Update:
+        """At the client: shorten to C. A malicious client skips this, and under encryption nobody can tell."""
+        if self.at == "server":
+            return update
+        norm = float(update.delta.norm())
+        return update if norm <= self.c else replace(update, delta=update.delta * (self.c / norm))
+
+    def public_knowledge(self, client: int) -> Mapping[str, Any]:
+        """The bound, where it is the clients'."""
+        return {"clip_norm": self.c, "clip_scope": "update", "clip_order": 2} if self.at == "client" else {}
 
     def limit(self, norms: Vector, memory: Mapping[str, Any]) -> float:
         """C of this round."""

@@ -148,13 +148,20 @@ def choose_aggregator(defenses: tuple[Defense, ...]) -> Aggregator:
         ConfigError: two rules, or a defense that looks at individuals under a rule that hides them.
     """
     rules = [(d.name, rule) for d in defenses if (rule := d.aggregator()) is not None]
+    hiding = next((name for name, rule in rules if not rule.sees_individuals), None)
+    if len(rules) > 1 and hiding is not None:
+        other = next(name for name, _ in rules if name != hiding)
+        raise ConfigError(
+            f"{other} and {hiding} both aggregate, and {hiding} hides individual updates from the server: choose one "
+            "(norm_clip:at=client and dp work with either)"
+        )
     if len(rules) > 1:
         why = next((f". {rule.alone}" for _, rule in rules if rule.alone), "")
         names = " and ".join(name for name, _ in rules)
         raise ConfigError(f"{names} both aggregate; a stack holds one such rule{why}")
     if not rules:
         return WeightedMean()
-    hiding, rule = rules[0]
+    rule = rules[0][1]
     for defense in defenses:
         if not rule.sees_individuals and type(defense).on_receive is not Defense.on_receive:
             raise ConfigError(
@@ -260,6 +267,7 @@ def assemble(cell: Cell, data_dir: Path | None = None) -> Federation:
         layout=sharing.params,
         patient_ids=patient_ids(patients, dealt.clients),
         clients_per_round=Participation.parse(settings.participation).expected(len(dealt.clients)),
+        weights=tuple(strategy.weights({k: len(rows) for k, rows in enumerate(dealt.clients)}).values()),
     )
     defenses = tuple(d.calibrate(plan).measure(model, dataset.image_shape) for d in defenses)
     claiming = [d.name for d in defenses if d.privacy() is not None]

@@ -22,7 +22,7 @@ def footprint(
     if not malicious:
         return {}
     computed = {r.client: r.content for r in replies if isinstance(r.content, Update)}
-    sent = {p.client: p.content for p in payloads if isinstance(p.content, Update)}
+    sent = {p.client: p.forged for p in payloads if p.forged is not None}
     honest = [p.content.delta for p in payloads if isinstance(p.content, Update) and p.client not in malicious]
     deviation = None
     if honest and result is not None and result.delta is not None:

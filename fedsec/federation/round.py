@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from fedsec.attack import Attack
 from fedsec.defense import Aggregation, Aggregator, Defense, LocalStep
+from fedsec.errors import PayloadError
 from fedsec.federation.aggregate import WeightedMean
 from fedsec.federation.footprint import changed_images, footprint
 from fedsec.federation.local import PlainStep, train_locally
@@ -194,6 +195,7 @@ def run_round(
     """One round; `state` is updated in place. `train` is the engine: it carries out the clients' turns."""
     start = time.perf_counter()
     limits = max_steps or {}
+    ctx = replace(ctx, cohort=tuple(participants))
     turns = [
         Turn(k, broadcast(seats, state.params, k, ctx), state.buffers, ctx.for_client(k), state.local.get(k), limit)
         for k, limit in ((k, limits.get(k)) for k in participants)
@@ -265,9 +267,18 @@ def collect(seats: Seats, replies: Sequence[Reply], ctx: RoundContext, params: T
         assert seats.attack is not None
         own = ctx.for_client(update.client)
         forged = sized(seats.attack.on_upload(update, peers, own.adversary()), update)
-        sendable = isinstance(forged.delta, Tensor)  # else even its size cannot be told; screening will say so
-        payloads.append(seats.aggregator.encode(forged, own) if sendable else Payload(update.client, forged, 0))
+        payloads.append(encode_forged(seats.aggregator, forged, own))
     return sorted_by_client(payloads)
+
+
+def encode_forged(aggregator: Aggregator, forged: Update, ctx: RoundContext) -> Payload:
+    """The payload of a malicious client; what cannot be encoded travels as it is, for the server to turn away."""
+    if not isinstance(forged.delta, Tensor):  # even its size cannot be told
+        return Payload(forged.client, forged, 0, forged=forged)
+    try:
+        return replace(aggregator.encode(forged, ctx), forged=forged)
+    except PayloadError as error:
+        return Payload(forged.client, error, 0, forged=forged)
 
 
 def aggregate(
@@ -291,7 +302,7 @@ def aggregate(
     for payload in accepted:
         seats.aggregator.accumulate(payload, ctx)
     result = seats.aggregator.finish(ctx)
-    return result, rejected, [*flags, *result.flags]
+    return result, rejected | dict(result.rejected), [*flags, *result.flags]
 
 
 def server_view(
@@ -303,13 +314,12 @@ def server_view(
     ctx: RoundContext,
     oracle_labels: Tensor | None = None,
 ) -> ServerView:
-    """What reached the server: individual updates or, where the aggregator hides them, the sum alone."""
-    if seats.aggregator.sees_individuals:
-        updates: tuple[Update, ...] = tuple(p.content for p in payloads if _in_clear(p))
-        clients_in_sum = 1
-    else:
-        clients_in_sum = len(payloads)
-        updates = ()
+    """What reached the server: individual updates (or what the rule lets it read of them), else the sum alone."""
+    individual = [seats.aggregator.readable(p) for p in payloads]
+    updates = tuple(u for u in individual if isinstance(u, Update))
+    clients_in_sum = 1
+    if not seats.aggregator.sees_individuals and not updates:
+        clients_in_sum = len(payloads) - len(result.rejected if result is not None else ())
         if result is not None and result.delta is not None:
             updates = (Update(-1, result.delta, 0, result.buffers),)
     knowledge: dict[str, Mapping[str, Any]] = {

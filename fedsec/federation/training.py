@@ -150,8 +150,14 @@ def train(
             "rounds_per_second": round(settings.rounds / max(training_seconds, 1e-9), 3),
             "upload_bytes_per_client": sent,
             "expansion": round(sent / max(1, plain_bytes(federation)), 4),
+            **({"aggregation": to_json(report)} if (report := federation.seats.aggregator.report()) else {}),
         },
-        notes=(*federation.notes, *(n for d in federation.seats.defenses for n in d.notes()), *budget.notes()),
+        notes=(
+            *federation.notes,
+            *(n for d in federation.seats.defenses for n in d.notes()),
+            *federation.seats.aggregator.notes(),
+            *budget.notes(),
+        ),
         fingerprint=federation.dataset.fingerprint,
         releases=len(budget.events),
     )

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsec.errors import ConfigError
+from fedsec.errors import ConfigError, PayloadError, RunError
 from fedsec.federation.assemble import Federation
 from fedsec.federation.local import shuffled_batches
 from fedsec.federation.round import Seats, ServerState, Turn, aggregate, broadcast, client_turn, collect, server_view
@@ -133,11 +133,15 @@ def upload_view(
         batches = local_batches(seats.recipe, len(x), ctx.for_client(client))
         params = broadcast(seats, state.params, client, ctx)
         turn = Turn(client, params, state.buffers, ctx.for_client(client), state.local.get(client))
-        replies.append(client_turn(seats, turn, x, y, batches))
+        try:
+            replies.append(client_turn(seats, turn, x, y, batches))
+        except PayloadError as error:
+            raise RunError(f"observing client {victim}: client {client} sends nothing: {error}") from None
     payloads = collect(seats, replies, ctx)
     result = aggregate(seats, payloads, ctx)[0] if hidden else None
     view = server_view(seats, state, payloads, result, max(r.steps for r in replies), ctx, labels)
-    return replace(view, params=view.params.cpu())
+    own = tuple(u for u in view.updates if u.client == victim)  # bystanders are in the sum, not in the view
+    return replace(view, params=view.params.cpu(), updates=own or view.updates)
 
 
 def _bystander(federation: Federation, client: int, batch: int, ctx: RoundContext) -> tuple[Tensor, Tensor]:

@@ -44,6 +44,9 @@ ROWS = {
     "int8": Row({"bits": 4, "stochastic": True}, {"bits": 16}, tolerance=1e-6),
     "soteria": Row({"fraction": 0.5}, {"fraction": 0.0}, random=False),
     "precode": Row({"size": 8}, adds_layers=True),
+    # What these two do to a payload is tested in tests/defenses; a stack with them is the identity at the client.
+    "he": Row({"backend": "seal"}, random=False),
+    "secagg": Row({}, random=False),
     # Rules change nothing at the client; what they do on the server is tested in tests/robust.
     **{
         name: Row({}, random=False)
