@@ -10,7 +10,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from fedsec.federation.evaluation import curve_point, evaluate
 from fedsec.federation.round import RoundRecord, load, run_round
 from fedsec.files import write_json
 from fedsec.progress import Progress
-from fedsec.types import RoundContext, to_json
+from fedsec.types import RoundContext, ServerView, to_json
 
 
 @dataclass(frozen=True)
@@ -96,13 +96,19 @@ def model_record(federation: Federation) -> dict[str, Any]:
     }
 
 
-def train(federation: Federation, keep: Iterable[int], progress: Progress | None = None) -> Training:
+def train(
+    federation: Federation,
+    keep: Iterable[int],
+    progress: Progress | None = None,
+    watch: Callable[[ServerView], None] | None = None,
+) -> Training:
     """Run all rounds.
 
     Args:
         federation: as `assemble` gives it.
         keep: rounds whose broadcast model is kept for attacks; the released model is always kept.
         progress: told after every round.
+        watch: given what reached the server in every round.
     """
     progress = progress or Progress()
     settings = federation.cell.federation
@@ -119,7 +125,7 @@ def train(federation: Federation, keep: Iterable[int], progress: Progress | None
             if number in keep:
                 snapshots[number] = (state.params.cpu().clone(), state.buffers.cpu().clone())
             present = federation.participation.select(len(federation.clients), ctx)
-            record = run_round(federation.seats, state, present, ctx, engine.train)
+            record = run_round(federation.seats, state, present, ctx, engine.train, watch)
             training_seconds += record.seconds
             auc = curve_point(federation, state.params, state.buffers, state.local)
             history.append(_plain(record, auc))
