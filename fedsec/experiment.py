@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fedsec import checkpoint
 from fedsec.attack import Attack
+from fedsec.audit.canaries import audit_claim
 from fedsec.audit.exam import Exam, of_training
 from fedsec.config import Cell
 from fedsec.errors import RunError
@@ -29,6 +30,7 @@ from fedsec.leakage import Judge, model_state, public_prior, stamped
 from fedsec.machine import prepare_for_small_networks, usable_cores
 from fedsec.metrics.image import pixel_hash
 from fedsec.metrics.robustness import robustness, without_effect
+from fedsec.metrics.signals import logits_of, signals
 from fedsec.progress import Progress
 from fedsec.robust.aggregator import RuleAggregator
 from fedsec.robust.rule import ASSUMED_SHARE, assumed_f
@@ -134,6 +136,7 @@ def run_cell(
         "seed": cell.seed,
         "utility": training.utility,
         "leakage": leakage,
+        "dp_audit": dp_audit(stage, cell.seed),
         "robustness": robustness_of(federation, training),
         "privacy": training.privacy,
         "cost": {**cost, "cell_seconds": round(time.perf_counter() - start, 3)},
@@ -205,6 +208,17 @@ def examination(cell: Cell, stage: Stage, artifacts: Path, progress: Progress) -
     folder = artifacts / training_key(cell, attack)
     released = partial(federation.build_model, training.snapshots[cell.federation.rounds + 1])
     return of_training(federation, released, history.views_of(folder, federation), artifacts, progress)
+
+
+def dp_audit(stage: Stage, seed: int) -> dict[str, Any]:
+    """Claimed against audited ε, where canaries were planted; empty otherwise."""
+    federation, training = stage.federation, stage.training
+    if federation.canaries is None:
+        return {}
+    model = federation.build_model(training.snapshots[federation.cell.federation.rounds + 1])
+    x, y = federation.dataset.batch(federation.canaries.rows)
+    found = signals(logits_of(model, x, federation.device), y.numpy(), federation.dataset.task)
+    return audit_claim(found.phi, federation.canaries, training.privacy or None, seed)
 
 
 def keep_scores(folder: Path, exam: Exam, findings: Findings) -> None:

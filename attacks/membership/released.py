@@ -10,11 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fedsec.metrics.signals import BATCH, Signals, evaluating, logits_of, signals
 from fedsec.types import Candidates, MembershipScores, Shadows, Target
 
 from . import scores
 from .perturbations import COPIES, perturbed
-from .signals import BATCH, Signals, evaluating, logits_of, signals
 
 if TYPE_CHECKING:
     from . import Membership

@@ -52,7 +52,7 @@ def held_out(x: Array, y: NDArray[np.int64], groups: NDArray[np.str_], seed: int
     learners = {
         "logistic regression": make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=300)),
         "gradient boosting": HistGradientBoostingClassifier(
-            max_iter=60, learning_rate=0.1, max_leaf_nodes=15, random_state=seed % 2**32
+            max_iter=30, learning_rate=0.2, max_leaf_nodes=8, random_state=seed % 2**32
         ),
     }
     found = {}

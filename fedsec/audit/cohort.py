@@ -85,7 +85,10 @@ def of_federation(federation: Federation) -> Cohort:
     dataset = federation.dataset
     members = np.concatenate(federation.rows)
     owner = np.concatenate([np.full(len(r), k) for k, r in enumerate(federation.rows)])
-    unused = np.setdiff1d(dataset.rows(split="train"), members)
+    canaries = np.zeros(0, dtype=np.int64) if federation.canaries is None else federation.canaries.rows
+    real = ~np.isin(members, canaries)  # canaries carry wrong labels: they are no patients' images
+    members, owner = members[real], owner[real]
+    unused = np.setdiff1d(dataset.rows(split="train"), np.concatenate([*federation.rows, canaries]))
     val, test = dataset.rows(split="val"), dataset.rows(split="test")
     draw = RoundContext(federation.cell.seed, 0, 0).numpy("cohort")
     if len(unused) >= HELD_OUT:

@@ -14,6 +14,7 @@ from torch import nn
 from fedsec.audit import cohort as cohorts
 from fedsec.audit.cohort import Cohort
 from fedsec.audit.membership import measured, sentence
+from fedsec.audit.source import compare_sources
 from fedsec.data.base import Dataset
 from fedsec.federation.assemble import Federation
 from fedsec.federation.shadows import parity, train_shadows
@@ -89,6 +90,8 @@ class Exam:
             if self.federation is not None and any(item.shadows for item in findings.memberships):
                 table["parity"] = parity(self.federation, len(self.cohort.rows))
             result["membership"] = table
+        if findings.sources:
+            result["source"] = compare_sources(findings.sources, self)
         return result
 
 

@@ -1,7 +1,7 @@
 """The command line: a group whose commands are imported when they are called, and the one place that exits.
 
-Exit codes: 0 done; 2 usage or configuration; 3 the run failed; 4 refused (unsafe file, undefined privacy claim);
-130 interrupted (finished cells are kept).
+Exit codes: 0 done; 1 a threshold was exceeded or a claim is contradicted; 2 usage or configuration; 3 the run failed;
+4 refused (unsafe file, undefined privacy claim); 130 interrupted (finished cells are kept).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from fedsec.errors import FedsecError
 
 COMMANDS = {
     "run": "Train a federation, attack it, defend it, and measure both sides.",
+    "audit": "Audit a trained model: membership, claimed epsilon, inversion, attributes.",
     "plot": "Draw reconstructions and training curves of finished runs.",
     "show": "Print the results of a finished run.",
     "list": "List attacks, defenses, datasets, models or strategies.",

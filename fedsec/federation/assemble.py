@@ -16,6 +16,7 @@ from fedsec import checkpoint, data, models, plugins
 from fedsec.attack import Attack
 from fedsec.config import Cell, FederationConfig
 from fedsec.data.base import Dataset
+from fedsec.data.canaries import Canaries, plant
 from fedsec.data.partition import Partition, partition
 from fedsec.defense import Aggregator, Defense
 from fedsec.errors import ConfigError
@@ -56,6 +57,7 @@ class Federation:
     """Patient, lesion or image of each of a client's test images: intervals resample these."""
     device: torch.device
     notes: tuple[str, ...]
+    canaries: Canaries | None = None
 
     def initial_state(self) -> ServerState:
         """The server before the first round."""
@@ -212,7 +214,10 @@ def assemble(cell: Cell, data_dir: Path | None = None) -> Federation:
     if cell.data.max_train is not None and cell.data.max_train < len(train_rows):
         train_rows = np.sort(rng.choice(train_rows, cell.data.max_train, replace=False))
     dealt = partition(dataset, train_rows, cell.data, default_clients(cell, dataset), cell.seed)
-    return federate(cell, dataset, dealt)
+    if not cell.data.canaries:
+        return federate(cell, dataset, dealt)
+    dataset, dealt, canaries = plant(dataset, dealt, cell.data.canaries, cell.seed)
+    return replace(federate(cell, dataset, dealt), canaries=canaries)
 
 
 def federate(cell: Cell, dataset: Dataset, dealt: Partition) -> Federation:

@@ -17,7 +17,7 @@ from fedsec.metrics.classification import auc_binary
 from fedsec.metrics.membership import Interval, tpr_at
 
 scores = importlib.import_module("fedsec.attacks.membership.scores")
-signals = importlib.import_module("fedsec.attacks.membership.signals")
+signals = importlib.import_module("fedsec.metrics.signals")
 perturbations = importlib.import_module("fedsec.attacks.membership.perturbations")
 
 
