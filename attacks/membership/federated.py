@@ -157,7 +157,7 @@ def _pooled(rounds: Sequence[Measured], values: Sequence[Array]) -> Array:
 
 def _by_client(rounds: Sequence[Measured], values: Sequence[Array]) -> NDArray[np.int64]:
     clients = np.array(sorted({k for r in rounds for k in r.clients}))
-    return clients[_pooled(rounds, values).argmax(0)]
+    return np.asarray(clients[_pooled(rounds, values).argmax(0)])
 
 
 def _layer_of(flat: Tensor, layout: Layout, layer: str) -> Tensor:

@@ -94,7 +94,7 @@ def label_only(kept: Array) -> Array:
     Args:
         kept: (R, N) bool.
     """
-    return np.asarray(kept, dtype=np.float64).mean(0)
+    return np.asarray(np.asarray(kept, dtype=np.float64).mean(0))
 
 
 def _beats(log_ratio: Array, population_log_ratio: Array, gamma: float) -> Array:

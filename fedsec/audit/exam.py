@@ -12,7 +12,9 @@ import numpy as np
 from torch import nn
 
 from fedsec.audit import cohort as cohorts
+from fedsec.audit.attributes import compare_traits
 from fedsec.audit.cohort import Cohort
+from fedsec.audit.inversion import compare_prototypes
 from fedsec.audit.membership import measured, sentence
 from fedsec.audit.source import compare_sources
 from fedsec.data.base import Dataset
@@ -74,6 +76,10 @@ class Exam:
             candidates=candidates,
         )
 
+    def traits(self) -> dict[str, np.ndarray[Any, Any]]:
+        """See `traits_of`."""
+        return traits_of(self.dataset)
+
     def judge(self, findings: Findings) -> dict[str, Any]:
         """Every measure that the findings allow, beside what is known without the model."""
         rng = RoundContext(self.seed, 0, 0).numpy("audit-judge")
@@ -92,6 +98,10 @@ class Exam:
             result["membership"] = table
         if findings.sources:
             result["source"] = compare_sources(findings.sources, self)
+        if findings.prototypes:
+            result["inversion"] = compare_prototypes(findings.prototypes, self, rng)
+        if findings.traits:
+            result["attributes"] = compare_traits(findings.traits, self, rng)
         return result
 
 

@@ -110,8 +110,10 @@ def meaning(cells: Sequence[Result]) -> list[str]:
     lines = []
     for cell in cells:
         leakage = cell.get("leakage", {})
-        found = [leakage[p]["verdict"] for p in ("membership", "source", "inversion", "attributes") if p in leakage]
-        lines += [f"{defense_label(cell)} (seed {cell['seed']}): {text}." for text in found]
+        said = [leakage[p]["verdict"] for p in ("membership", "source", "inversion", "attributes") if p in leakage]
+        if "dp_audit" in cell:
+            said.append(cell["dp_audit"]["sentence"])
+        lines += [f"{defense_label(cell)} (seed {cell['seed']}): {text}." for text in said]
         if "verdict" not in leakage:
             continue
         if cell.get("assumptions", {}).get("labels") == "oracle":

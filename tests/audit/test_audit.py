@@ -1,4 +1,4 @@
-"""`fedsec audit` end to end: an over-fitted model is found, a false claim refuted, hostile files refused, pages opened."""
+"""`fedsec audit` end to end: leaks are found, false claims refuted, hostile files refused, pages opened."""
 
 from __future__ import annotations
 
@@ -119,7 +119,8 @@ def chromium(page: Path, folder: Path, *words: str) -> subprocess.CompletedProce
     if program is None:
         pytest.skip("no Chromium on this machine: apt-get install chromium")
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-             "--disable-background-networking", "--disable-component-update", "--disable-sync", "--enable-logging=stderr",
+             "--disable-background-networking", "--disable-component-update", "--disable-sync",
+             "--enable-logging=stderr",
              f"--user-data-dir={folder / 'profile'}", f"--log-net-log={folder / 'net.json'}"]  # fmt: skip
     return subprocess.run([program, *flags, *words, page.as_uri()], capture_output=True, text=True, timeout=120)
 

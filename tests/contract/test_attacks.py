@@ -33,7 +33,11 @@ CLIENTS: dict[str, Mapping[str, Any]] = {
     "backdoor": {"fraction": 0.5, "target": 0},
 }
 # Attacks on the trained model are judged against the truth of membership; what they find depends on the training.
-OUTSIDERS: dict[str, Mapping[str, Any]] = {"membership": {"methods": "loss", "shadows": 0}}
+OUTSIDERS: dict[str, Mapping[str, Any]] = {
+    "membership": {"methods": "loss", "shadows": 0},
+    "modelinversion": {"steps": 5, "starts": 1},
+    "attribute": {"strength": 0.02},
+}
 # What is left of an update under this much noise tells nothing: no attack may claim to have found something in it.
 NOTHING_TO_FIND = "gaussian:sigma=1e4"
 TINY = {"data": {"name": "synthetic-cxr:images=260"}, "model": {"name": "lenet"}, "federation": {"engine": "serial"}}
