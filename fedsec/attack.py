@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from fedsec.types import (
+        CandidatePlan,
         FederationPlan,
         Findings,
         Limits,
@@ -34,10 +35,10 @@ class Attack:
 
     | seat | hooks |
     |---|---|
-    | server | `on_view`, `victims`, `conclude` |
+    | server | `on_view`, `victims`, `candidates`, `conclude` |
     | malicious-server | those of the server, `craft` and `on_broadcast` |
     | client | `controls`, `on_data`, `on_upload`, `conclude` |
-    | outsider | `conclude` |
+    | outsider | `candidates`, `conclude` |
 
     The server and the outsider do not change the training: their evidence is kept with it, and any number of such
     attacks share one training. So does a malicious server that only crafts what its victims are sent. A malicious
@@ -98,6 +99,10 @@ class Attack:
 
     def victims(self) -> VictimPlan | None:
         """Curious server: uploads it wants to be shown after training (see `VictimPlan`)."""
+        return None
+
+    def candidates(self) -> CandidatePlan | None:
+        """Outsider or curious server: it wants images that may have been trained on (`Target.candidates`)."""
         return None
 
     def craft(

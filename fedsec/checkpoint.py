@@ -97,7 +97,7 @@ def load_into(model: nn.Module, path: Path) -> tuple[str, ...]:
     found: dict[str, Tensor] = {}
     unused: list[str] = []
     for key, tensor in tensors.items():
-        name = _match(key, own)
+        name = match(key, own)
         if name is None or own[name].shape != tensor.shape:
             unused.append(key)
         else:
@@ -117,7 +117,7 @@ def load_into(model: nn.Module, path: Path) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _match(key: str, own: Mapping[str, Tensor]) -> str | None:
+def match(key: str, own: Mapping[str, Tensor]) -> str | None:
     """The model's name for a checkpoint's key: as is, without a known prefix, or inside the normalising wrapper."""
     candidates = [key, *(key.removeprefix(p) for p in PREFIXES)]
     return next((c for k in candidates for c in (k, f"net.{k}") if c in own), None)

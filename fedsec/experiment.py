@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,23 @@ from torch import Tensor
 
 from fedsec import checkpoint
 from fedsec.attack import Attack
+from fedsec.audit.canaries import audit_claim
+from fedsec.audit.exam import Exam, of_training
 from fedsec.config import Cell
 from fedsec.errors import RunError
+from fedsec.federation import history
 from fedsec.federation.assemble import Federation, assemble, build_stack
 from fedsec.federation.budget import Budget
 from fedsec.federation.evaluation import attack_success
 from fedsec.federation.interrogation import interrogate
 from fedsec.federation.training import Training, train
 from fedsec.federation.victims import Victim, observe, rounds_of, victims_of
+from fedsec.files import replacing
 from fedsec.leakage import Judge, model_state, public_prior, stamped
 from fedsec.machine import prepare_for_small_networks, usable_cores
 from fedsec.metrics.image import pixel_hash
 from fedsec.metrics.robustness import robustness, without_effect
+from fedsec.metrics.signals import logits_of, signals
 from fedsec.privacy.ledger import PARTS, Ledger
 from fedsec.progress import Progress
 from fedsec.robust.aggregator import RuleAggregator
@@ -115,6 +121,14 @@ def run_cell(
         assumptions["model_state"] = model_state(training, rounds)
         assumptions["public_prior"] = public_prior(public, victims)
         keep_reconstructions(artifacts / cell.key(), findings, victims, public)
+    elif attack is not None and (asked := attack.candidates()) is not None:
+        exam = examination(cell, stage, artifacts, progress)
+        progress.stage(f"{attack.name} against {cell.label()}", 1)
+        findings = attack.conclude(exam.target(asked)) or Findings()
+        leakage = exam.judge(findings)
+        keep_scores(artifacts / cell.key(), exam, findings)
+        assumptions |= dict(findings.assumptions)
+        remarks = findings.notes
     if attack is not None:
         cost["attack_seconds"] = round(time.perf_counter() - opened, 3)
     result = {
@@ -129,6 +143,7 @@ def run_cell(
         "seed": cell.seed,
         "utility": training.utility,
         "leakage": leakage,
+        "dp_audit": dp_audit(stage, cell.seed),
         "robustness": robustness_of(federation, training),
         "privacy": training.privacy,
         "cost": {**cost, "cell_seconds": round(time.perf_counter() - start, 3)},
@@ -191,19 +206,54 @@ def open_stage(
     rounds = {*(rounds_of(plan, cell.federation.rounds) if plan else ()), *keep}
     stages = {} if stages is None else stages
     key = training_key(cell, attack)
-    if key in stages and rounds <= stages[key].training.snapshots.keys():
+    asked = attack.candidates() if attack else None
+    watched = asked is not None and asked.history
+    recorded = (artifacts / key / history.FILE).is_file() or not watched
+    if key in stages and rounds <= stages[key].training.snapshots.keys() and recorded:
         return stages[key]
     federation = assemble(cell, data_dir)
+    training = Training.open(artifacts / key, rounds, federation.dataset.fingerprint) if recorded else None
     ledger = Ledger(artifacts / PARTS / f"{key}.jsonl")
-    training = Training.open(artifacts / key, rounds, federation.dataset.fingerprint)
     computed = training is None
     if training is None:
-        training = train(federation, rounds, progress, Budget(federation, ledger, key))
+        recorder = history.Recorder() if watched else None
+        training = train(federation, rounds, progress, Budget(federation, ledger, key), recorder)
         training.save(artifacts / key, federation)
+        if recorder is not None:
+            recorder.save(artifacts / key)
     else:
         ledger.check(key, training.releases)
     stages[key] = Stage(federation, training, computed)
     return stages[key]
+
+
+def examination(cell: Cell, stage: Stage, artifacts: Path, progress: Progress) -> Exam:
+    """Which images a trained model is asked about: those of the clients, and others of the same origin."""
+    federation, training = stage.federation, stage.training
+    attack = build_stack(cell)[1]
+    folder = artifacts / training_key(cell, attack)
+    released = partial(federation.build_model, training.snapshots[cell.federation.rounds + 1])
+    return of_training(federation, released, history.views_of(folder, federation), artifacts, progress)
+
+
+def dp_audit(stage: Stage, seed: int) -> dict[str, Any]:
+    """Claimed against audited ε, where canaries were planted; empty otherwise."""
+    federation, training = stage.federation, stage.training
+    if federation.canaries is None:
+        return {}
+    model = federation.build_model(training.snapshots[federation.cell.federation.rounds + 1])
+    x, y = federation.dataset.batch(federation.canaries.rows)
+    found = signals(logits_of(model, x, federation.device), y.numpy(), federation.dataset.task)
+    return audit_claim(found.phi, federation.canaries, training.privacy or None, seed)
+
+
+def keep_scores(folder: Path, exam: Exam, findings: Findings) -> None:
+    """Keep the scores of each image beside the truth; they name members, and so stay out of results and reports."""
+    if not findings.memberships:
+        return
+    columns = {f"score_{item.method}": item.scores for item in findings.memberships}
+    with replacing(folder / "scores.npz") as temporary, temporary.open("wb") as file:
+        np.savez(file, row=exam.cohort.rows, member=exam.cohort.member, allow_pickle=False, **columns)
 
 
 def conclude(attack: Attack, target: Target) -> Findings:

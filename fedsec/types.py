@@ -283,6 +283,43 @@ class VictimPlan:
 
 
 @dataclass(frozen=True)
+class CandidatePlan:
+    """What an attack on the trained model asks about images that may have been trained on."""
+
+    history: bool = False
+    """It watched the training from the server: it wants the views of all rounds (see `Candidates.history`)."""
+
+
+@dataclass(frozen=True)
+class Shadows:
+    """Models trained as the target was, on halves of the candidates that are known to the adversary."""
+
+    contains: np.ndarray
+    """(M, N) bool: which candidate each of them was trained on; every candidate is in half of them."""
+    models: tuple[Callable[[], nn.Module], ...]
+    """Builds each with its weights."""
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Images of which an adversary asks: was this one trained on? In an order that tells nothing."""
+
+    images: Tensor
+    """(N, C, H, W) float32 in [0, 1]."""
+    labels: Tensor
+    """(N,) or (N, L)."""
+    task: Task
+    population: PublicData
+    """Images of the same kind that are known not to be members, and are no candidates."""
+    population_traits: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Attribute such as sex -> its value (a text, empty where unknown) for each image of the population."""
+    train_shadows: Callable[[int], Shadows] | None = None
+    """Trains an even number of shadows, or finds them in the cache; None: nobody knows how the target was trained."""
+    history: tuple[ServerView, ...] = ()
+    """Curious server: what reached it in each round, where the attack asked for it."""
+
+
+@dataclass(frozen=True)
 class Target:
     """Everything an adversary holds when it draws its conclusion."""
 
@@ -301,6 +338,8 @@ class Target:
     progress: Callable[[int, int], None] = lambda done, total: None
     queries: tuple[tuple[ServerView, ...], ...] = ()
     """Malicious server: for each victim all its views, in the order of the queries."""
+    candidates: Candidates | None = None
+    """Images that may have been trained on, where the attack asked for them (`Attack.candidates`)."""
 
 
 @dataclass(frozen=True)
@@ -330,6 +369,52 @@ class Reconstruction:
 
 
 @dataclass(frozen=True)
+class MembershipScores:
+    """How sure one method is that each candidate was trained on."""
+
+    method: str
+    scores: np.ndarray
+    """(N,) float64, larger: rather a member; NaN: no answer."""
+    shadows: int = 0
+    view: Literal["logits", "labels", "updates", "sum"] = "logits"
+    """What it looked at: the released model's outputs, its decisions only, single updates, or their sum."""
+
+
+@dataclass(frozen=True)
+class SourceGuesses:
+    """Which client does each candidate belong to, given that it was trained on?"""
+
+    method: str
+    clients: np.ndarray
+    """(N,) client numbers."""
+
+
+@dataclass(frozen=True)
+class Prototype:
+    """What an attack believes the training images of one class look like."""
+
+    label: int
+    images: Tensor
+    """(R, C, H, W) in [0, 1]: its attempts, the best by its own objective first."""
+    confidence: tuple[float, ...]
+    """The attacked model's, of each; proves nothing (see docs/audit.md)."""
+    method: str = "miface"
+
+
+@dataclass(frozen=True)
+class TraitGuess:
+    """An attribute, such as sex, read off the model's features of each candidate."""
+
+    trait: str
+    value: str
+    """The value that large scores stand for."""
+    scores: np.ndarray
+    """(N,) from the model's features."""
+    from_pixels: np.ndarray
+    """(N,) the same from the pixels alone: what anybody sees in the image."""
+
+
+@dataclass(frozen=True)
 class Findings:
     """What an attack concludes; the frame compares it with the truth."""
 
@@ -339,6 +424,10 @@ class Findings:
     notes: tuple[str, ...] = ()
     naive: tuple[Reconstruction, ...] = ()
     """The same by an adversary who does not know of the defense, where both were asked for."""
+    memberships: tuple[MembershipScores, ...] = ()
+    sources: tuple[SourceGuesses, ...] = ()
+    prototypes: tuple[Prototype, ...] = ()
+    traits: tuple[TraitGuess, ...] = ()
 
 
 @dataclass(frozen=True)

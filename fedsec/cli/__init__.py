@@ -1,7 +1,7 @@
 """The command line: a group whose commands are imported when they are called, and the one place that exits.
 
-Exit codes: 0 done; 1 a --fail-above threshold was exceeded; 2 usage or configuration; 3 the run failed; 4 refused
-(unsafe file, undefined privacy claim); 130 interrupted (finished cells are kept).
+Exit codes: 0 done; 1 a --fail-above threshold was exceeded or a claim is contradicted; 2 usage or configuration; 3 the
+run failed; 4 refused (unsafe file, undefined privacy claim); 130 interrupted (finished cells are kept).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from fedsec.errors import FedsecError
 COMMANDS = {
     "run": "Train a federation, attack it, defend it, and measure both sides.",
     "sweep": "Compute a grid of attacks, defenses and seeds; the same line resumes.",
+    "audit": "Audit a trained model: membership, claimed epsilon, inversion, attributes.",
     "plot": "Draw the figures of finished runs.",
     "report": "One self-contained HTML page over finished runs.",
     "show": "Print the results of a finished run.",

@@ -23,6 +23,7 @@ PLACES = {
     "lr": ("federation", "lr"),
     "strategy": ("federation", "strategy"),
     "participation": ("federation", "participation"),
+    "canaries": ("data", "canaries"),
     "shadow_rules": ("federation", "shadow_rules"),
     "engine": ("federation", "engine"),
     "device": ("federation", "device"),
@@ -56,6 +57,7 @@ PLACES = {
 @click.option(
     "--shadow-rules", metavar="RULE+RULE", help="Robust rules to evaluate on the same updates without applying them."
 )
+@click.option("--canaries", type=int, help="Wrongly labelled images to audit a claimed epsilon with (default 0).")
 @click.option("--engine", metavar="NAME", help="serial, processes or auto.")
 @click.option("--device", metavar="NAME", help="cpu, cuda, cuda:N or auto.")
 @click.option("--seed", type=int, help="Seed of everything random (default 0).")

@@ -76,9 +76,18 @@ def _row(cell: Result, intervals: bool) -> dict[str, str]:
         "adaptive gap": interval(leakage.get("adaptive_gap"), 1, bare=True),
         "proven": str(leakage.get("certified", "")),
         "re-id": percent(leakage.get("reid_rank1")),
+        "member AUC": interval(_headline(leakage, "auc"), 3, bare=not intervals),
+        "TPR@1 %": percent(_headline(leakage, "tpr_at_1pct_fpr"), 1),
         "ε": f"{privacy['epsilon']:.2f}" if privacy.get("epsilon") is not None else "",
         "s": f"{cell['cost']['seconds']:.0f}",
     }
+
+
+def _headline(leakage: Mapping[str, Any], key: str) -> Mapping[str, Any] | None:
+    """A measure of the strongest membership attack; None where it was not resolvable, or the comparison not valid."""
+    table = leakage.get("membership", {})
+    found: Mapping[str, Any] = table.get("headline", {}).get(key, {})
+    return found if table.get("valid") and "value" in found else None
 
 
 def interval(estimate: Mapping[str, Any] | None, digits: int, bare: bool = False) -> str:
@@ -132,9 +141,9 @@ def weight_beside_fair(robust: Mapping[str, Any]) -> str:
     return f"{weight} (fair {robust['fair_share']:.2f})" if weight else ""
 
 
-def percent(estimate: Mapping[str, Any] | None) -> str:
+def percent(estimate: Mapping[str, Any] | None, digits: int = 0) -> str:
     """A share as a percentage."""
-    return f"{100 * estimate['value']:.0f} %" if estimate and estimate["value"] is not None else ""
+    return f"{100 * estimate['value']:.{digits}f} %" if estimate and estimate["value"] is not None else ""
 
 
 def meaning(cells: Sequence[Result]) -> list[str]:
@@ -142,6 +151,10 @@ def meaning(cells: Sequence[Result]) -> list[str]:
     lines = []
     for cell in cells:
         leakage = cell.get("leakage", {})
+        said = [leakage[p]["verdict"] for p in ("membership", "source", "inversion", "attributes") if p in leakage]
+        if "dp_audit" in cell:
+            said.append(cell["dp_audit"]["sentence"])
+        lines += [f"{defense_label(cell)} (seed {cell['seed']}): {text}." for text in said]
         if "verdict" not in leakage:
             continue
         if cell.get("assumptions", {}).get("labels") == "oracle":
@@ -178,7 +191,7 @@ def origin(cells: Sequence[Result]) -> list[str]:
     noisy = [a for c in cells for a in c.get("privacy", {}).get("assumptions", []) if "seed" in a]
     if noisy:
         lines.append(f"DP noise: {noisy[0]}.")
-    observed = next((c["assumptions"] for c in cells if c.get("leakage")), None)
+    observed = next((c["assumptions"] for c in cells if c.get("leakage") and "membership" not in c["leakage"]), None)
     if observed:
         lines.append(
             f"Assumed: labels {observed.get('labels')}, victim batch {observed.get('victim_batch')}, "

@@ -16,6 +16,7 @@ from fedsec import checkpoint, data, models, plugins
 from fedsec.attack import Attack
 from fedsec.config import Cell, FederationConfig
 from fedsec.data.base import Dataset
+from fedsec.data.canaries import Canaries, plant
 from fedsec.data.partition import Partition, partition
 from fedsec.defense import Aggregator, Defense
 from fedsec.errors import ConfigError
@@ -56,6 +57,7 @@ class Federation:
     """Patient, lesion or image of each of a client's test images: intervals resample these."""
     device: torch.device
     notes: tuple[str, ...]
+    canaries: Canaries | None = None
 
     def initial_state(self) -> ServerState:
         """The server before the first round."""
@@ -216,15 +218,27 @@ def assemble(cell: Cell, data_dir: Path | None = None) -> Federation:
     Args:
         cell: a resolved cell. data_dir: where data sets are looked up first.
     """
-    defenses, attack, strategy = build_stack(cell)
-    device = resolve_device(cell.federation.device)
+    build_stack(cell)
     dataset = dataset_of(cell, data_dir)
     train_rows = np.flatnonzero(dataset.split == "train")
     rng = np.random.default_rng(RoundContext(cell.seed, 0, 0).entropy("max-train"))
     if cell.data.max_train is not None and cell.data.max_train < len(train_rows):
         train_rows = np.sort(rng.choice(train_rows, cell.data.max_train, replace=False))
     dealt = partition(dataset, train_rows, cell.data, default_clients(cell, dataset), cell.seed)
+    if not cell.data.canaries:
+        return federate(cell, dataset, dealt)
+    dataset, dealt, canaries = plant(dataset, dealt, cell.data.canaries, cell.seed)
+    return replace(federate(cell, dataset, dealt), canaries=canaries)
 
+
+def federate(cell: Cell, dataset: Dataset, dealt: Partition) -> Federation:
+    """The federation of a cell on images that are already dealt: `assemble` without its first half.
+
+    Args:
+        cell: a resolved cell. dataset: its data set. dealt: who owns which training images.
+    """
+    defenses, attack, strategy = build_stack(cell)
+    device = resolve_device(cell.federation.device)
     channels, height, width = dataset.image_shape
     if height != width:
         raise ConfigError(f"{dataset.name}: images are {height}x{width}; give --set data.size=N for square ones")

@@ -191,8 +191,12 @@ def run_round(
     ctx: RoundContext,
     train: Callable[[Sequence[Turn]], Sequence[Reply]],
     max_steps: Mapping[int, int] | None = None,
+    watch: Callable[[ServerView], None] | None = None,
 ) -> RoundRecord:
-    """One round; `state` is updated in place. `train` is the engine: it carries out the clients' turns."""
+    """One round; `state` is updated in place. `train` is the engine: it carries out the clients' turns.
+
+    `watch`: keeps what reached the server, for curious servers that are only asked after the training.
+    """
     start = time.perf_counter()
     limits = max_steps or {}
     ctx = replace(ctx, cohort=tuple(participants))
@@ -210,9 +214,14 @@ def run_round(
         seats.aggregator.receive_root(root_update(seats, state, ctx))
     result, rejected, flags = aggregate(seats, payloads, ctx)
     failed |= rejected
-    if seats.attack is not None and seats.attack.seat in ("server", "malicious-server"):
+    looks = seats.attack is not None and seats.attack.seat in ("server", "malicious-server")
+    if looks or watch is not None:
         steps = max((r.steps for r in replies), default=0)
-        seats.attack.on_view(server_view(seats, state, payloads, result, steps, ctx), ctx.adversary())
+        view = server_view(seats, state, payloads, result, steps, ctx)
+        if seats.attack is not None and looks:
+            seats.attack.on_view(view, ctx.adversary())
+        if watch is not None:
+            watch(view)
     if result is not None and result.delta is not None:
         delta = result.delta
         for defense in reversed(seats.defenses):

@@ -10,7 +10,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from fedsec.federation.round import RoundRecord, load, run_round
 from fedsec.files import write_json
 from fedsec.privacy.ledger import Ledger
 from fedsec.progress import Progress
-from fedsec.types import RoundContext, to_json
+from fedsec.types import RoundContext, ServerView, to_json
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,11 @@ def model_record(federation: Federation) -> dict[str, Any]:
 
 
 def train(
-    federation: Federation, keep: Iterable[int], progress: Progress | None = None, budget: Budget | None = None
+    federation: Federation,
+    keep: Iterable[int],
+    progress: Progress | None = None,
+    budget: Budget | None = None,
+    watch: Callable[[ServerView], None] | None = None,
 ) -> Training:
     """Run all rounds.
 
@@ -110,11 +114,13 @@ def train(
         keep: rounds whose broadcast model is kept for attacks; the released model is always kept.
         progress: told after every round.
         budget: the ledger; by default one that is thrown away.
+        watch: given what reached the server in every round.
     """
     progress = progress or Progress()
     if budget is None:
         with tempfile.TemporaryDirectory() as folder:
-            return train(federation, keep, progress, Budget(federation, Ledger(Path(folder) / "ledger.jsonl"), "train"))
+            budget = Budget(federation, Ledger(Path(folder) / "ledger.jsonl"), "train")
+            return train(federation, keep, progress, budget, watch)
     settings = federation.cell.federation
     state = federation.initial_state()
     keep = set(keep)
@@ -130,7 +136,7 @@ def train(
                 snapshots[number] = (state.params.cpu().clone(), state.buffers.cpu().clone())
             present = federation.participation.select(len(federation.clients), ctx)
             present, limits = budget.admit(present, ctx)
-            record = run_round(federation.seats, state, present, ctx, engine.train, limits)
+            record = run_round(federation.seats, state, present, ctx, engine.train, limits, watch)
             training_seconds += record.seconds
             auc = curve_point(federation, state.params, state.buffers, state.local)
             history.append(_plain(record, auc))

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import ndtr, ndtri, stdtrit
+from scipy.special import betaincinv, ndtr, ndtri, stdtrit
 
 from fedsec.types import Estimate
 
@@ -39,6 +39,17 @@ def wilson(successes: float, n: float, level: float = 0.95) -> Estimate:
     low = 0.0 if successes == 0 else float(centre - half)
     high = 1.0 if successes == n else float(centre + half)
     return Estimate(share, low, high, int(n))
+
+
+def clopper_pearson(successes: ArrayLike, n: ArrayLike, error: float = 0.05) -> tuple[Array, Array]:
+    """Lower and upper limit of proportions (Clopper & Pearson 1934), each missed with probability `error`/2 at most.
+
+    Never narrower than its level for any n, and so the one to bound a claim with. `successes` and `n` broadcast.
+    """
+    k, n = np.broadcast_arrays(np.asarray(successes, dtype=np.float64), np.asarray(n, dtype=np.float64))
+    low = np.where(k > 0, betaincinv(np.maximum(k, 1e-300), n - k + 1, error / 2), 0.0)
+    high = np.where(k < n, betaincinv(k + 1, np.maximum(n - k, 1e-300), 1 - error / 2), 1.0)
+    return low, high
 
 
 def proportion(hits: ArrayLike, groups: ArrayLike | None = None, level: float = 0.95) -> Estimate:

@@ -25,7 +25,8 @@ def build(
     """Build an architecture with freshly initialised weights, wrapped so that it takes images in [0, 1].
 
     Args:
-        name: a registered model, ours or a third party's (entry-point group `fedsec.models`).
+        name: a registered model, ours or a third party's (entry-point group `fedsec.models`), or a user's own as
+            `package.module:factory`, such as `torchvision.models:resnet18`.
         num_classes: length of the logits.
         in_channels: 1 for grey images, 3 for colour.
         image_size: side of the square images in pixels.
@@ -40,6 +41,10 @@ def build(
 
     from fedsec.models.base import Normalised
 
+    if ":" in name:
+        from fedsec.models.factory import from_factory
+
+        return from_factory(name, num_classes, in_channels, image_size, seed)
     factory = plugins.load("models", name)
     known = inspect.signature(factory).parameters
     for option in options:

@@ -32,6 +32,12 @@ CLIENTS: dict[str, Mapping[str, Any]] = {
     "poisoning": {"fraction": 0.3, "method": "sign_flip"},
     "backdoor": {"fraction": 0.5, "target": 0},
 }
+# Attacks on the trained model are judged against the truth of membership; what they find depends on the training.
+OUTSIDERS: dict[str, Mapping[str, Any]] = {
+    "membership": {"methods": "loss", "shadows": 0},
+    "modelinversion": {"steps": 5, "starts": 1},
+    "attribute": {"strength": 0.02},
+}
 # What is left of an update under this much noise tells nothing: no attack may claim to have found something in it.
 NOTHING_TO_FIND = "gaussian:sigma=1e4"
 TINY = {"data": {"name": "synthetic-cxr:images=260"}, "model": {"name": "lenet"}, "federation": {"engine": "serial"}}
@@ -53,7 +59,19 @@ def results(name: str, folder: Path, seed: int = 0) -> dict[str, dict[str, Any]]
 
 
 def test_the_table_is_complete() -> None:
-    assert set(ROWS) | set(CLIENTS) == set(plugins.names("attacks"))
+    assert set(ROWS) | set(CLIENTS) | set(OUTSIDERS) == set(plugins.names("attacks"))
+
+
+@pytest.mark.parametrize("name", OUTSIDERS)
+def test_an_outsider_leaves_the_training_alone_and_repeats(name: str, tmp_path: Path) -> None:
+    spec = str(PluginSpec(name, OUTSIDERS[name]))
+    runs = [
+        fedsec.run(TINY, attack=a, clients=2, rounds=1, local_epochs=1, out=tmp_path / folder)["cells"][0]
+        for folder, a in (("once", spec), ("again", spec), ("plain", "none"))
+    ]
+    assert runs[0]["training"] == runs[2]["training"] and runs[0]["utility"] == runs[2]["utility"]
+    assert runs[0]["leakage"] == runs[1]["leakage"] and runs[0]["leakage"]
+    json.dumps(runs[0], allow_nan=False)
 
 
 @pytest.mark.parametrize("name", CLIENTS)
@@ -101,14 +119,14 @@ def test_determinism_by_seed(attacked: tuple[str, dict[str, Any]], tmp_path: Pat
     assert timeless(results(name, tmp_path / "other", seed=1)) != timeless(leakage)
 
 
-@pytest.mark.parametrize("name", [*ROWS, *CLIENTS])
+@pytest.mark.parametrize("name", [*ROWS, *CLIENTS, *OUTSIDERS])
 def test_parameters_survive_json(name: str) -> None:
-    for params in ({}, CLIENTS.get(name) or ROWS[name].some):
+    for params in ({}, {**CLIENTS, **OUTSIDERS}.get(name) or ROWS[name].some):
         attack = plugins.build("attacks", PluginSpec(name, params))
         text = json.dumps(plugins.parameters(attack))
         assert plugins.construct(type(attack), json.loads(text), name) == attack
 
 
-@pytest.mark.parametrize("name", [*ROWS, *CLIENTS])
+@pytest.mark.parametrize("name", [*ROWS, *CLIENTS, *OUTSIDERS])
 def test_the_seat_is_one_of_the_four(name: str) -> None:
     assert plugins.load("attacks", name).seat in get_args(Seat)

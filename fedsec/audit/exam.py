@@ -1,0 +1,144 @@
+"""Asks an attack which of some images a model was trained on, and compares its answer with the truth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from fedsec.audit import cohort as cohorts
+from fedsec.audit.attributes import compare_traits
+from fedsec.audit.cohort import Cohort
+from fedsec.audit.inversion import compare_prototypes
+from fedsec.audit.membership import measured, sentence
+from fedsec.audit.source import compare_sources
+from fedsec.data.base import Dataset
+from fedsec.federation.assemble import Federation
+from fedsec.federation.shadows import parity, train_shadows
+from fedsec.machine import usable_cores
+from fedsec.progress import Progress
+from fedsec.types import CandidatePlan, Candidates, Findings, PublicData, RoundContext, ServerView, Target
+
+TRAITS = ("sex", "age", "view", "site")
+"""Metadata columns that an attack may try to infer, where a data set has them."""
+
+
+@dataclass(frozen=True)
+class Exam:
+    """A trained model, the images in question, and how its training can be repeated."""
+
+    dataset: Dataset
+    cohort: Cohort
+    model: Callable[[], nn.Module]
+    released: Callable[[], nn.Module]
+    seed: int
+    device: Any
+    federation: Federation | None = None
+    """None: nobody knows the recipe, so that no shadows can be trained."""
+    history: tuple[ServerView, ...] = ()
+    cache: Path = Path()
+    """Where shadows are kept."""
+    progress: Progress = field(default_factory=Progress)
+
+    def target(self, plan: CandidatePlan) -> Target:
+        """Everything that the attack may see: the truth stays here."""
+        rows, population = self.cohort.rows, self.cohort.population
+        x, y = self.dataset.batch(rows)
+        px, py = self.dataset.batch(population)
+        shadows = None
+        if self.federation is not None:
+            shadows = partial(train_shadows, self.federation, rows, folder=self.cache, progress=self.progress)
+        public = PublicData(f"{self.dataset.name}, population", px, py)
+        candidates = Candidates(
+            images=x,
+            labels=y,
+            task=self.dataset.task,
+            population=public,
+            population_traits={k: v[population] for k, v in traits_of(self.dataset).items()},
+            train_shadows=shadows,
+            history=self.history if plan.history else (),
+        )
+        return Target(
+            model=self.model,
+            released=self.released,
+            views=(),
+            public=public,
+            image_shape=self.dataset.image_shape,
+            ctx=RoundContext(self.seed, 0, 0).adversary(),
+            device=self.device,
+            workers=usable_cores() if self.device.type == "cpu" else 1,
+            progress=lambda done, total: self.progress.advance(done),
+            candidates=candidates,
+        )
+
+    def traits(self) -> dict[str, np.ndarray[Any, Any]]:
+        """See `traits_of`."""
+        return traits_of(self.dataset)
+
+    def judge(self, findings: Findings) -> dict[str, Any]:
+        """Every measure that the findings allow, beside what is known without the model."""
+        rng = RoundContext(self.seed, 0, 0).numpy("audit-judge")
+        groups = self.dataset.groups()[self.cohort.rows]
+        result: dict[str, Any] = {}
+        if findings.memberships:
+            table = measured(findings.memberships, self.cohort, groups, rng)
+            table |= {
+                "valid": self.cohort.valid,
+                "verdict": sentence(table, self.cohort.valid),
+                "checks": [check.to_json() for check in self.cohort.checks],
+                "nonmembers": self.cohort.origin,
+            }
+            if self.federation is not None and any(item.shadows for item in findings.memberships):
+                table["parity"] = parity(self.federation, len(self.cohort.rows))
+            result["membership"] = table
+        if findings.sources:
+            result["source"] = compare_sources(findings.sources, self)
+        if findings.prototypes:
+            result["inversion"] = compare_prototypes(findings.prototypes, self, rng)
+        if findings.traits:
+            result["attributes"] = compare_traits(findings.traits, self, rng)
+        return result
+
+
+def traits_of(dataset: Dataset) -> dict[str, np.ndarray[Any, Any]]:
+    """Attribute -> (N,) text of each image, empty where unknown; ages are bands of twenty years."""
+    found = {}
+    for name in TRAITS:
+        if name not in dataset.meta:
+            continue
+        column = dataset.meta[name]
+        if name == "age":
+            ages = column.astype(float)
+            bands = np.array([f"{int(a // 20) * 20}-{int(a // 20) * 20 + 19}" if a == a else "" for a in ages])
+            column = bands
+        found[name] = column.astype(str)
+    return found
+
+
+def of_training(
+    federation: Federation,
+    released: Callable[[], nn.Module],
+    history: tuple[ServerView, ...],
+    cache: Path,
+    progress: Progress,
+) -> Exam:
+    """The exam of a training of this run."""
+    seed = RoundContext(federation.cell.seed, 0, 0).entropy("exam")
+    cohort = cohorts.checked(federation.dataset, cohorts.of_federation(federation), seed)
+    return Exam(
+        dataset=federation.dataset,
+        cohort=cohort,
+        model=partial(federation.build_model),
+        released=released,
+        seed=seed,
+        device=federation.device,
+        federation=federation,
+        history=history,
+        cache=cache,
+        progress=progress,
+    )

@@ -1,0 +1,247 @@
+"""`fedsec audit`: open the model, check the comparison, ask the attacks, judge, compare with thresholds, report."""
+
+from __future__ import annotations
+
+import datetime
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedsec import __version__, plugins
+from fedsec.attack import Attack
+from fedsec.audit import exports, gates, page
+from fedsec.audit.exam import Exam
+from fedsec.audit.gates import Side
+from fedsec.audit.subjects import Said, Subject, of_file, of_run
+from fedsec.errors import ConfigError, RefusedError
+from fedsec.files import write_json, write_text
+from fedsec.machine import prepare_for_small_networks
+from fedsec.metrics.membership import Interval
+from fedsec.metrics.signals import logits_of, signals
+from fedsec.plugins import PluginSpec
+from fedsec.progress import Progress
+from fedsec.types import Findings, to_json
+
+SCHEMA = "fedsec.audit/1"
+LIMITS = (
+    "Lower bounds only: no leak found is not no leak",
+    "One model, one training, these images: another training changes the numbers",
+    "An average over images is not one patient's risk",
+    "Encryption and secure aggregation do not change what the final model gives away",
+    "Differences between the two populations are tested for, and can never be excluded",
+    "Nothing here replaces a legal assessment",
+)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What an audit is asked for, beside its subject."""
+
+    attacks: tuple[str, ...] = ()
+    """As on the command line; empty: every installed attack that needs the released model alone."""
+    shadows: int = 8
+    fail_above: Mapping[str, float] = field(default_factory=dict)
+    fail_on: Side = "lower"
+    strict: bool = False
+    allow_shift: bool = False
+    redact: bool = False
+    report: Path | None = None
+    json: Path | None = None
+    junit: Path | None = None
+    sarif: Path | None = None
+    card: Path | None = None
+
+
+def audit(
+    model: str | Path,
+    said: Said | None = None,
+    wanted: Wanted | None = None,
+    *,
+    cell: str | None = None,
+    data_dir: Path | None = None,
+    cache: Path | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Audit a run folder or a model file.
+
+    Args:
+        model: path. said: what the owner of a bare model file says of it. wanted: attacks, thresholds and outputs.
+        cell: which cell of a run folder. cache: where shadows of a bare file are kept.
+
+    Returns:
+        the report in JSON form; `exit_code` is 0, or 1 where a threshold was exceeded or a claim is contradicted.
+
+    Raises:
+        RefusedError: an unsafe file, or a comparison that would prove nothing.
+    """
+    said, wanted, progress = said or Said(), wanted or Wanted(), progress or Progress()
+    start, path = time.perf_counter(), Path(model)
+    attacks = build_attacks(wanted)
+    prepare_for_small_networks()
+    if path.is_dir():
+        subject = of_run(path, cell, data_dir, said, progress)
+    else:
+        subject = of_file(path, said, data_dir, cache or Path(tempfile.gettempdir()) / "fedsec-audit", progress)
+    refuse(subject.exam, wanted.allow_shift)
+    result, images, notes = ask(subject.exam, attacks, progress)
+    if subject.dp:
+        result["dp_audit"] = subject.dp
+    thresholds = gates.gate(result, wanted.fail_above, wanted.fail_on)
+    failed = any(g.result == "failed" or (wanted.strict and g.result == "undecided") for g in thresholds)
+    refuted = subject.dp.get("verdict") == "contradicted"
+    works = model_works(subject.exam)
+    report: dict[str, Any] = to_json(
+        {
+            "schema": SCHEMA,
+            "tool_version": __version__,
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "command": shlex.join(["fedsec", *sys.argv[1:]]),
+            "seed": said.seed,
+            "model": subject.model.describe(),
+            "data": _data(subject.exam),
+            "validity": [c.to_json() for c in subject.exam.cohort.checks] + [works],
+            **result,
+            **({"claim": dict(subject.claim)} if subject.claim else {}),
+            "thresholds": [g.to_json() for g in thresholds],
+            "risk_sentences": sentences(result, subject),
+            "not_shown": list(LIMITS),
+            "notes": notes,
+            "outcome": outcome(result, subject, failed, refuted),
+            "exit_code": 1 if failed or refuted else 0,
+            "timings": {"seconds": round(time.perf_counter() - start, 1), "cpu_seconds": round(time.process_time(), 1)},
+        }
+    )
+    write(report, images, wanted)
+    return report
+
+
+def build_attacks(wanted: Wanted) -> list[Attack]:
+    """The attacks that were named, else all that need the released model alone.
+
+    Raises:
+        ConfigError: an unknown one, or one that asks for no candidates.
+    """
+    words = wanted.attacks or tuple(
+        name for name in plugins.names("attacks") if plugins.load("attacks", name).seat == "outsider"
+    )
+    built = []
+    for word in words:
+        spec = PluginSpec.parse(word)
+        known = plugins.parameter_fields(plugins.load("attacks", spec.name))
+        if "shadows" in known and "shadows" not in spec.params:
+            spec = PluginSpec(spec.name, {**spec.params, "shadows": wanted.shadows})
+        attack: Attack = plugins.build("attacks", spec)
+        if attack.candidates() is None:
+            raise ConfigError(f"--attack {spec.name}: it attacks a training, not a trained model; use fedsec run")
+        built.append(attack)
+    return built
+
+
+def refuse(exam: Exam, allow_shift: bool) -> None:
+    """Stop before anything is computed that would look like evidence and be none.
+
+    Raises:
+        RefusedError: too few images, or members and non-members of two kinds.
+    """
+    for check in exam.cohort.checks:
+        if check.status == "invalid" and not (allow_shift and check.id == "V6"):
+            hint = "; --allow-shift prints the numbers as no evidence" if check.id == "V6" else ""
+            raise RefusedError(f"{check.message}{hint}")
+
+
+def ask(
+    exam: Exam, attacks: Sequence[Attack], progress: Progress
+) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]], list[str]]:
+    """Every attack's findings, judged; images for the report; and notes."""
+    result: dict[str, Any] = {}
+    images: dict[str, np.ndarray[Any, Any]] = {}
+    notes: list[str] = []
+    for attack in attacks:
+        plan = attack.candidates()
+        assert plan is not None
+        progress.stage(attack.name, 1)
+        findings = attack.conclude(exam.target(plan)) or Findings()
+        result |= exam.judge(findings)
+        notes += findings.notes
+        for prototype in findings.prototypes:
+            caption = f"{exam.dataset.class_names[prototype.label]}: best attempt"
+            images[caption] = prototype.images[0].permute(1, 2, 0).cpu().numpy()
+        progress.advance(1)
+    return result, images, notes
+
+
+def model_works(exam: Exam) -> dict[str, Any]:
+    """V7: is the model better than always naming the largest class? Else it, or its preprocessing, is the wrong one."""
+    x, y = exam.dataset.batch(exam.cohort.rows)
+    found = signals(logits_of(exam.released(), x, exam.device), y.numpy(), exam.dataset.task)
+    right, member = found.phi > 0, exam.cohort.member
+    inside, outside = float(right[member].mean()), float(right[~member].mean())
+    text = f"right on {inside:.1%} of members and {outside:.1%} of non-members"
+    labels = y.numpy()
+    floor = float(np.unique(labels, return_counts=True)[1].max() / len(labels)) if labels.ndim == 1 else 0.0
+    poor = labels.ndim == 1 and inside < floor
+    if poor:
+        text += f", less than the largest class ({floor:.1%}): wrong preprocessing, or hardly trained"
+    return {"id": "V7", "name": "model works", "status": "warning" if poor else "ok", "message": text}
+
+
+def sentences(result: Mapping[str, Any], subject: Subject) -> list[str]:
+    """The plain words that lead the report."""
+    parts = [result[p]["verdict"] for p in ("membership", "source", "inversion", "attributes") if p in result]
+    if subject.dp:
+        parts.insert(0, subject.dp["sentence"])
+    elif subject.claim:
+        parts.append(
+            f"The training claims ε = {subject.claim['epsilon']:g} per {subject.claim['unit']}; without canaries "
+            "in the training (fedsec run --canaries) this cannot be tested"
+        )
+    return parts
+
+
+def outcome(result: Mapping[str, Any], subject: Subject, failed: bool, refuted: bool) -> dict[str, str]:
+    """What stands in the verdict box."""
+    if refuted:
+        return {"kind": "fail", "title": "Claimed epsilon refuted"}
+    if failed:
+        return {"kind": "fail", "title": "A threshold is exceeded"}
+    if not subject.exam.cohort.valid:
+        return {"kind": "invalid", "title": "Not evidence of memorisation: the comparison is not valid"}
+    head = result.get("membership", {}).get("headline", {})
+    tpr = head.get("tpr_at_1pct_fpr")
+    leak = (head and head["auc"].low > 0.5) or (isinstance(tpr, Interval) and tpr.low > 0.01)
+    if leak:
+        return {"kind": "leak", "title": "This model gives away who was in its training data"}
+    return {"kind": "pass", "title": "This audit found no evidence of leakage; see what it could have missed"}
+
+
+def write(report: Mapping[str, Any], images: Mapping[str, np.ndarray[Any, Any]], wanted: Wanted) -> None:
+    """The files that were asked for, each whole or not at all."""
+    if wanted.json:
+        write_json(wanted.json, report)
+    if wanted.report:
+        write_text(wanted.report, page.render(report, images, wanted.redact))
+    if wanted.junit:
+        write_text(wanted.junit, exports.junit(report))
+    if wanted.sarif:
+        write_text(wanted.sarif, exports.sarif(report))
+    if wanted.card:
+        write_text(wanted.card, exports.model_card(report))
+
+
+def _data(exam: Exam) -> dict[str, Any]:
+    member = exam.cohort.member
+    return {
+        "name": exam.dataset.name,
+        "sha256": exam.dataset.fingerprint,
+        "n_members": int(member.sum()),
+        "n_nonmembers": int((~member).sum()),
+        "n_population": len(exam.cohort.population),
+        "patients": len(np.unique(exam.dataset.groups()[exam.cohort.rows])),
+    }
