@@ -112,6 +112,7 @@ def load(kind: str, name: str) -> Any:
         raise ConfigError(f"{kind}: '{name}' ({points[name].value}) cannot be loaded: {error}") from error
 
 
+@cache
 def parameter_fields(cls: type) -> dict[str, tuple[Any, Any, str]]:
     """Parameter -> (annotation, default, description). Fields with `internal` in their metadata are no parameters."""
     hints = typing.get_type_hints(cls, include_extras=True)
@@ -126,6 +127,12 @@ def parameter_fields(cls: type) -> dict[str, tuple[Any, Any, str]]:
         text = next((e.description for e in extras if isinstance(e, FieldInfo) and e.description), "")
         result[item.name] = (hints[item.name], default, text)
     return result
+
+
+@cache
+def _adapter(cls: type, key: str) -> TypeAdapter[Any]:
+    """What checks one parameter; making it costs a hundred times as much as using it, and grids use it often."""
+    return TypeAdapter(parameter_fields(cls)[key][0])
 
 
 def construct(cls: type[T], params: Mapping[str, Any], label: str) -> T:
@@ -146,7 +153,7 @@ def construct(cls: type[T], params: Mapping[str, Any], label: str) -> T:
             raise ConfigError(
                 f"{label}: unknown parameter '{key}': {nearest(key, fields) if fields else 'it has none'}"
             )
-        checked: TypeAdapter[Any] = TypeAdapter(fields[key][0])
+        checked = _adapter(cls, key)
         if isinstance(value, str) and value.lower() in ("none", "null"):
             with contextlib.suppress(ValidationError):  # some parameters know 'none' as a choice
                 values[key] = checked.validate_python(None)
