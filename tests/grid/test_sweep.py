@@ -216,7 +216,7 @@ def test_a_worker_that_is_killed_costs_its_task(tmp_path: Path) -> None:
 
 def start(folder: Path, out: str, *more: str) -> subprocess.Popen[str]:
     words = [sys.executable, "-m", "fedsec", "sweep", "g.toml", "--out", out, "--jobs", "2", *more]
-    env = {**os.environ, "XDG_CACHE_HOME": str(folder), "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "XDG_CACHE_HOME": str(folder / ".cache"), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(words, cwd=folder, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
