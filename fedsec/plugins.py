@@ -116,6 +116,12 @@ def load(kind: str, name: str) -> Any:
 
 def parameter_fields(cls: type) -> dict[str, tuple[Any, Any, str]]:
     """Parameter -> (annotation, default, description). Fields with `internal` in their metadata are no parameters."""
+    known: Any = cls  # mypy holds that a type is not hashable
+    return _fields(known)
+
+
+@cache
+def _fields(cls: Any) -> dict[str, tuple[Any, Any, str]]:
     hints = typing.get_type_hints(cls, include_extras=True)
     result: dict[str, tuple[Any, Any, str]] = {}
     for item in dataclasses.fields(cls):
@@ -130,6 +136,12 @@ def parameter_fields(cls: type) -> dict[str, tuple[Any, Any, str]]:
     return result
 
 
+@cache
+def _adapter(cls: Any, key: str) -> TypeAdapter[Any]:
+    """What checks one parameter; making it costs a hundred times as much as using it, and grids use it often."""
+    return TypeAdapter(parameter_fields(cls)[key][0])
+
+
 def construct(cls: type[T], params: Mapping[str, Any], label: str) -> T:
     """Build a dataclass from untrusted parameters: names, types, ranges and choices are checked.
 
@@ -142,13 +154,14 @@ def construct(cls: type[T], params: Mapping[str, Any], label: str) -> T:
         ConfigError: one line that names the parameter, its value and what is allowed.
     """
     fields = parameter_fields(cls)
+    known: Any = cls
     values: dict[str, Any] = {}
     for key, value in params.items():
         if key not in fields:
             raise ConfigError(
                 f"{label}: unknown parameter '{key}': {nearest(key, fields) if fields else 'it has none'}"
             )
-        checked: TypeAdapter[Any] = TypeAdapter(fields[key][0])
+        checked = _adapter(known, key)
         if isinstance(value, str) and value.lower() in ("none", "null"):
             with contextlib.suppress(ValidationError):  # some parameters know 'none' as a choice
                 values[key] = checked.validate_python(None)

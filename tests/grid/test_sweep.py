@@ -36,7 +36,7 @@ TABLES: dict[str, Any] = {
 TOML = """
 seeds = 2
 defense = "topk:fraction=0.1"
-attack = ["none", "gradinversion:method=analytic,images=1,rounds=first", "poisoning:fraction=0.5"]
+attack = ["none", "poisoning:fraction=0.5"]
 [data]
 name = "synthetic-cxr:images=260"
 [model]
@@ -216,7 +216,7 @@ def test_a_worker_that_is_killed_costs_its_task(tmp_path: Path) -> None:
 
 def start(folder: Path, out: str, *more: str) -> subprocess.Popen[str]:
     words = [sys.executable, "-m", "fedsec", "sweep", "g.toml", "--out", out, "--jobs", "2", *more]
-    env = {**os.environ, "XDG_CACHE_HOME": str(folder), "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "XDG_CACHE_HOME": str(folder / ".cache"), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(words, cwd=folder, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
@@ -232,20 +232,20 @@ def test_killed_twice_and_resumed_it_gives_what_an_undisturbed_sweep_gives(tmp_p
     _, errors = (undisturbed := start(tmp_path, "a")).communicate(timeout=300)
     assert undisturbed.returncode == 0, errors
     seen: dict[str, int] = {}
-    for count in (2, 6):
+    for count in (1, 4):
         process = start(tmp_path, "b")
         wait_for_cells(tmp_path / "b", count, process)
         process.send_signal(signal.SIGKILL)
         _, errors = process.communicate()
         moments = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "b").glob("cells/[!.]*.json")}
-        assert count <= len(moments) < 12, errors
+        assert count <= len(moments) < 8, errors
         assert all(moments[name] == moment for name, moment in seen.items())  # no finished cell was written again
         seen = moments
     _, errors = (last := start(tmp_path, "b")).communicate(timeout=300)
     assert last.returncode == 0, errors
     moments = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "b").glob("cells/*.json")}
     assert all(moments[name] == moment for name, moment in seen.items())
-    assert len(results(tmp_path / "a")) == 12
+    assert len(results(tmp_path / "a")) == 8
     assert results(tmp_path / "b") == results(tmp_path / "a")
     assert not [p for p in (tmp_path / "b").rglob(".*") if p.name != ".lock"]
 
@@ -260,5 +260,5 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path: Path) -> None:
     assert process.returncode == 130, errors
     assert "interrupted" in errors and "Traceback" not in errors
     kept = len(list((tmp_path / "r").glob("cells/*.json")))
-    assert 2 <= kept < 240
+    assert 2 <= kept < 160
     assert len(results(tmp_path / "r")) == kept
