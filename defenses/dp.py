@@ -17,7 +17,7 @@ from fedsec.types import FederationPlan, PrivacySpent, RoundContext, Update
 
 from .dp_model import make_private
 from .dp_probe import choose
-from .dp_schedule import Unit, delta_for, noise_for, patients_of, schedule_of, step_budget, without_amplification
+from .dp_schedule import delta_for, noise_for, patients_of, schedule_of, step_budget, without_amplification
 from .dp_step import PrivateStep, Schedule
 
 
@@ -37,7 +37,9 @@ class DPSGD(Defense):
         float | None, Field(gt=0, lt=1, description="must be below 1/units; min(1e-5, 1/(10 units)) if not given")
     ] = None
     clip: Annotated[float, Field(gt=0, description="largest L2 norm of one image's (patient's mean) gradient")] = 1.0
-    unit: Annotated[Unit, Field(description="what is protected: one image, or all images of one patient")] = "sample"
+    unit: Annotated[
+        Literal["sample", "patient"], Field(description="what is protected: one image, or all images of one patient")
+    ] = "sample"
     k_max: Annotated[int, Field(ge=1, description="unit=patient: images of one patient in one step, at most")] = 8
     images_per_patient: Annotated[
         int | None,

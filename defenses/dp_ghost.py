@@ -46,7 +46,8 @@ class Ghost(Engine):
         book = Book(units)
 
         def collect() -> None:
-            factors = clip_factors(book.norms(), clip)
+            # The loss is a mean over images: all that the book holds is 1/B of each image's own gradient.
+            factors = clip_factors(book.norms() * len(x), clip) * len(x)
             for part in book.sums(factors):
                 for parameter, total in part.items():
                     sums[parameter].add_(total)

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from typing import Literal
 
 from fedsec.errors import ConfigError, RefusedError
 from fedsec.privacy.accounting import Gaussian, affordable_steps, calibrate_noise, compose_group, smallest
 from fedsec.types import FederationPlan
 
 from .dp_step import Schedule
-
-Unit = Literal["sample", "patient"]
 
 
 def patients_of(plan: FederationPlan) -> tuple[tuple[int, ...], ...]:
