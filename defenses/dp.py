@@ -48,9 +48,9 @@ class DPSGD(Defense):
     noise_multiplier: Annotated[
         float | None, Field(description="noise divided by clip; replaces epsilon, which then follows from it")
     ] = None
-    max_epsilon: Annotated[
-        float | None, Field(gt=0, description="a client stops training before it spends more; epsilon if not given")
-    ] = None
+    max_epsilon: Annotated[float | None, Field(gt=0, description="a client stops training before it spends more")] = (
+        None
+    )
     sampler: Annotated[
         Literal["poisson", "shuffle"], Field(description="shuffle: needs assume_poisson, no proof covers it")
     ] = "poisson"
@@ -108,12 +108,8 @@ class DPSGD(Defense):
         for draft in drafts:
             z = self.noise_multiplier or noise_for(self.epsilon, delta, draft.q, draft.steps * draft.rounds, self.group)
             ready = replace(draft, noise_multiplier=z, sampler=self.sampler)
-            schedules.append(replace(ready, allowed=step_budget(ready, delta, self._limit(), self.group)))
+            schedules.append(replace(ready, allowed=step_budget(ready, delta, self.max_epsilon, self.group)))
         return replace(self, delta=delta, schedules=tuple(schedules))
-
-    def _limit(self) -> float | None:
-        """The budget that is watched; calibrated noise keeps within `epsilon` by itself."""
-        return self.max_epsilon
 
     def measure(self, model: nn.Module, image_shape: tuple[int, int, int]) -> Self:
         """Take one private step with each engine, and keep to the fastest that works."""
