@@ -17,7 +17,7 @@ from fedsec.types import FederationPlan, PrivacySpent, RoundContext, Update
 
 from .dp_model import make_private
 from .dp_probe import choose
-from .dp_schedule import Unit, delta_for, noise_for, patients_of, schedule_of, step_budget, without_amplification
+from .dp_schedule import delta_for, noise_for, patients_of, schedule_of, step_budget, without_amplification
 from .dp_step import PrivateStep, Schedule
 
 
@@ -37,7 +37,9 @@ class DPSGD(Defense):
         float | None, Field(gt=0, lt=1, description="must be below 1/units; min(1e-5, 1/(10 units)) if not given")
     ] = None
     clip: Annotated[float, Field(gt=0, description="largest L2 norm of one image's (patient's mean) gradient")] = 1.0
-    unit: Annotated[Unit, Field(description="what is protected: one image, or all images of one patient")] = "sample"
+    unit: Annotated[
+        Literal["sample", "patient"], Field(description="what is protected: one image, or all images of one patient")
+    ] = "sample"
     k_max: Annotated[int, Field(ge=1, description="unit=patient: images of one patient in one step, at most")] = 8
     images_per_patient: Annotated[
         int | None,
@@ -46,9 +48,9 @@ class DPSGD(Defense):
     noise_multiplier: Annotated[
         float | None, Field(description="noise divided by clip; replaces epsilon, which then follows from it")
     ] = None
-    max_epsilon: Annotated[
-        float | None, Field(gt=0, description="a client stops training before it spends more; epsilon if not given")
-    ] = None
+    max_epsilon: Annotated[float | None, Field(gt=0, description="a client stops training before it spends more")] = (
+        None
+    )
     sampler: Annotated[
         Literal["poisson", "shuffle"], Field(description="shuffle: needs assume_poisson, no proof covers it")
     ] = "poisson"
@@ -106,12 +108,8 @@ class DPSGD(Defense):
         for draft in drafts:
             z = self.noise_multiplier or noise_for(self.epsilon, delta, draft.q, draft.steps * draft.rounds, self.group)
             ready = replace(draft, noise_multiplier=z, sampler=self.sampler)
-            schedules.append(replace(ready, allowed=step_budget(ready, delta, self._limit(), self.group)))
+            schedules.append(replace(ready, allowed=step_budget(ready, delta, self.max_epsilon, self.group)))
         return replace(self, delta=delta, schedules=tuple(schedules))
-
-    def _limit(self) -> float | None:
-        """The budget that is watched; calibrated noise keeps within `epsilon` by itself."""
-        return self.max_epsilon
 
     def measure(self, model: nn.Module, image_shape: tuple[int, int, int]) -> Self:
         """Take one private step with each engine, and keep to the fastest that works."""

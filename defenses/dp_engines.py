@@ -93,7 +93,7 @@ class VMap(Engine):
         layer = Layer("", self.model, tuple(self.parameters), any_layer)
 
         def sink(layer: Layer, inputs: list[Tensor], gradient: Tensor) -> None:
-            add_clipped(layer.rule(layer.module, inputs, gradient), units, clip, sums)
+            add_clipped(layer.rule(layer.module, inputs, gradient * len(x)), units, clip, sums)
 
         with watch([layer], len(x), sink):
             return run(x, y, lambda: None)

@@ -36,17 +36,14 @@ class Ghost(Engine):
 
     name: ClassVar[str] = "ghost"
 
-    def bytes_per_image(self) -> int:
-        """Measured: layers that keep the gradients of single images are small ones, less than half of all."""
-        return super().bytes_per_image() // 2
-
     def add_piece(self, run: Run, x: Tensor, y: Tensor, units: Tensor, clip: float, sums: Sums) -> Tensor:
         """One forward pass, one backward pass through the activations, and one through the weights."""
         layers = list(trainable_layers(self.model, {**layer_rules(), **RULES}))
         book = Book(units)
 
         def collect() -> None:
-            factors = clip_factors(book.norms(), clip)
+            # The loss is a mean over images: all that the book holds is 1/B of each image's own gradient.
+            factors = clip_factors(book.norms() * len(x), clip) * len(x)
             for part in book.sums(factors):
                 for parameter, total in part.items():
                     sums[parameter].add_(total)

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from typing import Literal
 
 from fedsec.errors import ConfigError, RefusedError
 from fedsec.privacy.accounting import Gaussian, affordable_steps, calibrate_noise, compose_group, smallest
 from fedsec.types import FederationPlan
 
 from .dp_step import Schedule
-
-Unit = Literal["sample", "patient"]
 
 
 def patients_of(plan: FederationPlan) -> tuple[tuple[int, ...], ...]:
@@ -90,5 +87,6 @@ def step_budget(schedule: Schedule, delta: float, max_epsilon: float | None, gro
 
 def without_amplification(schedule: Schedule, delta: float) -> float:
     """ε where every unit is used once in each epoch and sampling hides nothing (exact Gaussian composition)."""
-    epochs = math.ceil(schedule.steps * schedule.rounds * schedule.q - 1e-9)
-    return compose_group([Gaussian(schedule.noise_multiplier, 1.0, max(1, epochs))], delta, 1).epsilon
+    steps_an_epoch = math.ceil(1 / schedule.q - 1e-9)
+    epochs = math.ceil(schedule.steps * schedule.rounds / steps_an_epoch)
+    return compose_group([Gaussian(schedule.noise_multiplier, 1.0, epochs)], delta, 1).epsilon

@@ -68,6 +68,8 @@ def per_sample_gradients(model: nn.Module, rules: Mapping[type[nn.Module], Rule]
     def keep(layer: Layer, inputs: list[Tensor], gradient: Tensor) -> None:
         for parameter, rows in layer.rule(layer.module, inputs, gradient).items():
             earlier = getattr(parameter, "grad_sample", None)
+            # The loss is a mean over images: times B, the gradient is that of each image's own loss.
+            rows = rows * images
             parameter.grad_sample = rows if earlier is None else earlier + rows  # type: ignore[attr-defined]
 
     try:
@@ -86,8 +88,7 @@ def watch(
 
     Args:
         layers: autograd does not see their parameters meanwhile.
-        images: the batch size B. The loss must be the mean over B images; the gradients handed on are those of
-            each image's own loss.
+        images: the batch size B. Gradients are those of the loss: where it is a mean, 1/B of each image's own.
         sink: called once for every call of a layer.
         called: told of every call during the forward pass.
     """
@@ -126,8 +127,7 @@ def _watch(
                 f"dp: layer '{layer.path}' works on {len(gradient)} rows for {images} images, so that an image's "
                 "gradient cannot be told apart; use a model whose layers keep the batch dimension"
             )
-        # The loss is a mean over images: times B, the gradient is that of each image's own loss.
-        sink(layer, inputs, gradient.detach() * images)
+        sink(layer, inputs, gradient.detach())
 
     return [layer.module.register_forward_pre_hook(before), layer.module.register_forward_hook(after)]
 

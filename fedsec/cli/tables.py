@@ -191,6 +191,8 @@ def origin(cells: Sequence[Result]) -> list[str]:
     noisy = [a for c in cells for a in c.get("privacy", {}).get("assumptions", []) if "seed" in a]
     if noisy:
         lines.append(f"DP noise: {noisy[0]}.")
+    said = {n for c in cells for n in c.get("notes", []) if _is_of_a_defense(n, c)}
+    lines.extend(f"{note[0].upper()}{note[1:]}." for note in sorted(said))
     observed = next((c["assumptions"] for c in cells if c.get("leakage") and "membership" not in c["leakage"]), None)
     if observed:
         lines.append(
@@ -202,3 +204,9 @@ def origin(cells: Sequence[Result]) -> list[str]:
     if troubled:
         lines.append(f"Clients that failed in some round (see failed_clients): {', '.join(sorted(troubled))}")
     return lines
+
+
+def _is_of_a_defense(note: str, cell: Result) -> bool:
+    """Warnings of the cell's own defenses, and the end of a privacy budget."""
+    names = {table["name"] for table in cell["defense"]}
+    return note.partition(":")[0] in names or note.startswith("privacy budget spent")

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from fedsec.defense import Defense
 from fedsec.privacy.ledger import Event, Ledger, spent
 from fedsec.types import PrivacySpent, RoundContext
 
@@ -96,12 +95,7 @@ class Budget:
 
 def planned_claim(federation: Federation) -> PrivacySpent | None:
     """The stack's one claim, for clients that take part in every round."""
-    return next((c for d in federation.seats.defenses if (c := claim_of(d)) is not None), None)
-
-
-def claim_of(defense: Defense) -> PrivacySpent | None:
-    """A defense's claim before training."""
-    return defense.privacy()
+    return next((c for d in federation.seats.defenses if (c := d.privacy()) is not None), None)
 
 
 def header(federation: Federation, claim: PrivacySpent | None) -> dict[str, Any]:

@@ -94,6 +94,21 @@ def test_the_specifications_hospital() -> None:
     assert claim.epsilon == pytest.approx(10.81, abs=0.02)
 
 
+def test_shuffled_batches_need_an_assumption_and_show_both_numbers() -> None:
+    """P3: 47.31 is the exact ε of 50 epochs without amplification."""
+    with pytest.raises(RefusedError, match="assume_poisson=true"):
+        DPSGD(sampler="shuffle")
+    defense = DPSGD(noise_multiplier=1.1, sampler="shuffle", assume_poisson=True)
+    the_plan = plan((1000,), rounds=50, batch_size=64)
+    claim = defense.calibrate(the_plan).privacy()
+    assert claim is not None
+    assert claim.epsilon == pytest.approx(10.81, abs=0.02)
+    assert "this run shuffled" in claim.assumptions[0]
+    assert claim.assumptions[0].endswith("without amplification epsilon is 47.31")
+    batches = list(private_step(defense, network(), the_plan).batches(1000, RoundContext(0, 1, 5, 0)))
+    assert torch.equal(torch.cat(batches).sort().values, torch.arange(1000))
+
+
 def test_a_batch_of_everything_is_accounted_exactly() -> None:
     defense = DPSGD(epsilon=3.0).calibrate(plan((20,), rounds=50, batch_size=32))
     claim = defense.privacy()

@@ -134,3 +134,13 @@ def test_other_defenses_write_down_what_they_release(tmp_path: Path) -> None:
         assert bool(done.privacy) == (kind is GaussianSum)
         assert not any(isinstance(e, DPSGDSteps) for e in ledger.events)
     assert any("2 hospitals" in n for n in assemble(cell("dp_client")).seats.defenses[0].notes())
+
+
+def test_patients_of_a_real_partition_are_the_units(tmp_path: Path) -> None:
+    federation = assemble(cell("dp:unit=patient,noise_multiplier=2,engine=hooks", rounds=1))
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    done = train(federation, (), budget=Budget(federation, ledger, "train-x"))
+    assert federation.plan.client_patients is not None
+    assert [e.num_units for e in ledger.events] == list(federation.plan.client_patients)  # type: ignore[attr-defined]
+    assert done.privacy["unit"] == "patient"
+    assert all(p < n for p, n in zip(federation.plan.client_patients, federation.plan.client_sizes, strict=True))
