@@ -32,7 +32,7 @@ class FixedPoint:
     @property
     def scale(self) -> float:
         """s = ⌊(2^(k−1) − 1)/K⌋/c: rounded *integers* of K clients have to fit, not only what they are rounded from."""
-        return ((2 ** (self.bits - 1) - 1) // self.clients) / self.bound
+        return float(((2 ** (self.bits - 1) - 1) // self.clients) / self.bound)
 
     @property
     def wide_scale(self) -> float:

@@ -245,7 +245,6 @@ def test_a_selection_that_means_nothing_is_refused(select: str) -> None:
 
 
 def test_selective_encryption_shows_the_clear_part_and_averages_all() -> None:
-    plain, _ = cases.train(cases.seats(None, norm=False), rounds=1)
     table = cases.seats("he", norm=False, select="first:0")
     rule: Any = table.aggregator
     layout = Layout(("a", "b", "c"), ((2, 3), (4, 5), (3, 2)))
@@ -264,7 +263,6 @@ def test_selective_encryption_shows_the_clear_part_and_averages_all() -> None:
     w = [rule.weight(k) for k in range(4)]
     expected = delta * sum(wk * (k + 1) for k, wk in enumerate(w)) / sum(w)
     torch.testing.assert_close(result.delta, expected, rtol=0, atol=1e-6)
-    assert torch.isfinite(plain.params).all()
 
 
 def test_worker_processes_give_the_same_as_this_one(keys: dict[str, Keys]) -> None:
