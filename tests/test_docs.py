@@ -236,7 +236,7 @@ RARE = {
     "lift",
     "attack_success_images",
 }
-RARE |= {"label_set_coverage", "label_set_size"}
+RARE |= {"label_set_coverage", "label_set_size", "dp_audit"}
 """Documented keys that the tiny run has no reason to show."""
 
 

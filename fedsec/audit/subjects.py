@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from fedsec import checkpoint, data
 from fedsec.audit import cohort as cohorts
 from fedsec.audit.exam import Exam, of_training
-from fedsec.audit.model import OpenedModel, digest_of, open_model
+from fedsec.audit.model import OpenedModel, check_code, digest_of, open_model
 from fedsec.config import Cell, FederationConfig, ModelConfig, expand, read_resolved, read_toml
 from fedsec.data.base import Dataset
 from fedsec.data.digest import PARTS
@@ -67,6 +67,7 @@ def of_run(folder: Path, cell_id: str | None, data_dir: Path | None, said: Said,
     if cell_id is not None and cell_id not in known:
         raise ConfigError(f"{folder}: no cell {cell_id}; cells: {', '.join(known)}")
     cell = known[cell_id] if cell_id else next((c for c in reversed(cells) if c.defense), cells[-1])
+    check_code(cell.model.name, said.model, folder)
     federation = assemble(cell, data_dir)
     place = folder / "artifacts" / training_key_of(cell)
     training = Training.open(place, (), federation.dataset.fingerprint)
