@@ -73,9 +73,7 @@ def of_run(folder: Path, cell_id: str | None, data_dir: Path | None, said: Said,
     training = Training.open(place, (), federation.dataset.fingerprint)
     if training is None:
         raise ConfigError(f"{place}: this cell's training is missing, or its data have changed; run it again")
-    opened = (
-        open_model(place / "model.safetensors", federation.dataset) if not cell.defense else _plain(place, federation)
-    )
+    opened = _recorded(place, federation)
     released = partial(federation.build_model, training.snapshots[cell.federation.rounds + 1])
     views = history.views_of(place, federation)
     exam = of_training(federation, released, views, folder / "artifacts", progress)
@@ -86,8 +84,8 @@ def of_run(folder: Path, cell_id: str | None, data_dir: Path | None, said: Said,
     return Subject(exam, opened, claim, dp_audit(Stage(federation, training), cell.seed))
 
 
-def _plain(place: Path, federation: Federation) -> OpenedModel:
-    """The record of a model whose architecture a defense has changed."""
+def _recorded(place: Path, federation: Federation) -> OpenedModel:
+    """What a run says of its model; the weights are those of the training."""
     path = place / "model.safetensors"
     record = checkpoint.load(path)[1]
     return OpenedModel(federation.build_model(), path, digest_of(path), record)

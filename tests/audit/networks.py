@@ -9,4 +9,4 @@ NAME = "tests.audit.networks:mlp"
 
 def mlp(num_classes: int) -> nn.Module:
     """Memorises a few hundred images in seconds."""
-    return nn.Sequential(nn.Flatten(), nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, num_classes))
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, num_classes))

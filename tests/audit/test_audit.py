@@ -26,7 +26,7 @@ from fedsec.errors import ConfigError, RefusedError, UnsafeFileError
 from tests.audit.networks import NAME
 from tests.test_checkpoint import Bomb
 
-DATA = "synthetic-cxr:images=1100,shift=0"
+DATA = "synthetic-cxr:images=2000,shift=0"
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def overfitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("overfitted") / "run"
     fedsec.run(
         {"data": {"name": DATA, "max_train": 440, "canaries": 220}, "model": {"name": NAME}},
-        clients=1, rounds=1, local_epochs=60, lr=0.02, batch_size=16, engine="serial", device="cpu", out=out,
+        clients=1, rounds=1, local_epochs=150, lr=0.005, batch_size=16, engine="serial", device="cpu", out=out,
     )  # fmt: skip
     return out
 
