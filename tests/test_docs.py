@@ -236,11 +236,11 @@ RARE = {
     "lift",
     "attack_success_images",
 }
-RARE |= {"label_set_coverage", "label_set_size"}
 RARE |= {"aggregation", "scheme", "degree", "modulus_bits", "scale_bits", "security_bits", "key_topology"}
 RARE |= {"public_context_bytes", "fraction_encrypted", "flood_lambda", "threshold", "keygen_seconds"}
 RARE |= {"encrypt_seconds", "serialise_seconds", "mask_seconds", "server_load_seconds", "server_add_seconds"}
 RARE |= {"decrypt_seconds", "unmask_seconds", "rms_error", "max_error"}
+RARE |= {"label_set_coverage", "label_set_size", "dp_audit"}
 """Documented keys that the tiny run has no reason to show."""
 
 

@@ -141,7 +141,8 @@ def main() -> None:
         rare = sum(pooled[name]) / (len(table) * MEMBERS)
         print(
             f"{name:14s} AUC {table[:, 0].mean():.4f} [{low[0]:.4f}, {high[0]:.4f}]  "
-            f"TPR@1% {100 * table[:, 1].mean():.2f} [{100 * low[1]:.2f}, {100 * high[1]:.2f}] %  TPR@0.1% pooled {100 * rare:.2f} %"
+            f"TPR@1% {100 * table[:, 1].mean():.2f} [{100 * low[1]:.2f}, {100 * high[1]:.2f}] %  "
+            f"TPR@0.1% pooled {100 * rare:.2f} %"
         )
     print(f"all: {time.process_time() - start:.1f} CPU s")
 

@@ -85,6 +85,7 @@ def _network(path: Path, dataset: Dataset, record: Mapping[str, Any], name: str 
     known = name or record.get("model")
     if known is None:
         raise ConfigError(f"{path}: the file does not say which architecture it holds; give --model NAME")
+    check_code(str(known), name, path)
     channels, side, _ = dataset.image_shape
     if record.get("num_classes", dataset.num_classes) != dataset.num_classes:
         raise ConfigError(
@@ -101,6 +102,18 @@ def _network(path: Path, dataset: Dataset, record: Mapping[str, Any], name: str 
         if key in fixed and hasattr(network, key):
             getattr(network, key).copy_(torch.tensor(fixed[key]).view(1, -1, 1, 1))
     return network
+
+
+def check_code(known: str, named: str | None, path: Path) -> None:
+    """A file may not choose which code is imported: only the user's own --model may.
+
+    Raises:
+        UnsafeFileError: the file names a factory that the user did not.
+    """
+    if ":" in known and known != named:
+        raise UnsafeFileError(
+            f"{path}: its network is the code '{known}', not run; if you trust it add --model {known}"
+        )
 
 
 def load_exactly(network: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from fedsec import checkpoint, data
 from fedsec.audit import cohort as cohorts
 from fedsec.audit.exam import Exam, of_training
-from fedsec.audit.model import OpenedModel, digest_of, open_model
+from fedsec.audit.model import OpenedModel, check_code, digest_of, open_model
 from fedsec.config import Cell, FederationConfig, ModelConfig, expand, read_resolved, read_toml
 from fedsec.data.base import Dataset
 from fedsec.data.digest import PARTS
@@ -67,14 +67,13 @@ def of_run(folder: Path, cell_id: str | None, data_dir: Path | None, said: Said,
     if cell_id is not None and cell_id not in known:
         raise ConfigError(f"{folder}: no cell {cell_id}; cells: {', '.join(known)}")
     cell = known[cell_id] if cell_id else next((c for c in reversed(cells) if c.defense), cells[-1])
+    check_code(cell.model.name, said.model, folder)
     federation = assemble(cell, data_dir)
     place = folder / "artifacts" / training_key_of(cell)
     training = Training.open(place, (), federation.dataset.fingerprint)
     if training is None:
         raise ConfigError(f"{place}: this cell's training is missing, or its data have changed; run it again")
-    opened = (
-        open_model(place / "model.safetensors", federation.dataset) if not cell.defense else _plain(place, federation)
-    )
+    opened = _recorded(place, federation)
     released = partial(federation.build_model, training.snapshots[cell.federation.rounds + 1])
     views = history.views_of(place, federation)
     exam = of_training(federation, released, views, folder / "artifacts", progress)
@@ -85,8 +84,8 @@ def of_run(folder: Path, cell_id: str | None, data_dir: Path | None, said: Said,
     return Subject(exam, opened, claim, dp_audit(Stage(federation, training), cell.seed))
 
 
-def _plain(place: Path, federation: Federation) -> OpenedModel:
-    """The record of a model whose architecture a defense has changed."""
+def _recorded(place: Path, federation: Federation) -> OpenedModel:
+    """What a run says of its model; the weights are those of the training."""
     path = place / "model.safetensors"
     record = checkpoint.load(path)[1]
     return OpenedModel(federation.build_model(), path, digest_of(path), record)

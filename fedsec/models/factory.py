@@ -25,13 +25,13 @@ class Foreign(Backbone):
         linear = [m for m in net.modules() if isinstance(m, nn.Linear)]
         if not linear:
             raise ConfigError(f"{type(net).__name__} has no fully connected layer that makes the logits")
-        self.last = linear[-1]
-        self.embed_dim = self.last.in_features
+        self._last = [linear[-1]]  # in a list: a second name for its weights would spoil the state dict
+        self.embed_dim = linear[-1].in_features
 
     def embed(self, x: Tensor) -> Tensor:
         """What enters the last fully connected layer."""
         seen: list[Tensor] = []
-        hook = self.last.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        hook = self._last[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
         try:
             self.forward(x)
         finally:
@@ -40,7 +40,7 @@ class Foreign(Backbone):
 
     def head(self, features: Tensor) -> Tensor:
         """The last fully connected layer."""
-        return self.last(features)  # type: ignore[no-any-return]
+        return self._last[0](features)  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits of normalised images."""

@@ -22,10 +22,11 @@ from fedsec import data as data_sets
 from fedsec.audit.run import Wanted, audit
 from fedsec.audit.subjects import Said
 from fedsec.cli import run as command_line
-from fedsec.errors import ConfigError, RefusedError
+from fedsec.errors import ConfigError, RefusedError, UnsafeFileError
+from tests.audit.networks import NAME
 from tests.test_checkpoint import Bomb
 
-DATA = "synthetic-cxr:images=1100,shift=0"
+DATA = "synthetic-cxr:images=2000,shift=0"
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +34,8 @@ def overfitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """200 images, no regularisation, canaries without any noise."""
     out = tmp_path_factory.mktemp("overfitted") / "run"
     fedsec.run(
-        {"data": {"name": DATA, "max_train": 440, "canaries": 220}, "model": {"name": "lenet"}},
-        clients=1, rounds=1, local_epochs=60, lr=0.1, batch_size=16, engine="serial", device="cpu", out=out,
+        {"data": {"name": DATA, "max_train": 440, "canaries": 220}, "model": {"name": NAME}},
+        clients=1, rounds=1, local_epochs=150, lr=0.005, batch_size=16, engine="serial", device="cpu", out=out,
     )  # fmt: skip
     return out
 
@@ -47,7 +48,7 @@ def report(overfitted: Path) -> Iterator[tuple[dict[str, Any], Path]]:
         sarif=folder / "audit.sarif", card=folder / "audit.md", json=folder / "audit.json",
         fail_above={"auc": 0.6},
     )  # fmt: skip
-    yield audit(overfitted, Said(epsilon=1.0), wanted), folder
+    yield audit(overfitted, Said(epsilon=1.0, model=NAME), wanted), folder
 
 
 def test_an_overfitted_model_is_found_and_a_false_claim_refuted(report: tuple[dict[str, Any], Path]) -> None:
@@ -232,6 +233,15 @@ def shifted(path: Path) -> None:
         arrays[f"{part}_images"] = (rng.integers(0, 200, (count, 28, 28)) + offset).astype(np.uint8)
         arrays[f"{part}_labels"] = (np.arange(count, dtype=np.uint8) % 2)[:, None]
     np.savez(path, **arrays)  # type: ignore[arg-type]
+
+
+def test_a_file_may_not_choose_the_code_that_is_imported(overfitted: Path, model: Path) -> None:
+    with pytest.raises(UnsafeFileError, match="not run"):
+        audit(overfitted)
+    tensors, record = checkpoint.load(model)
+    checkpoint.save(model, tensors, {**record, "model": "this:factory"})
+    with pytest.raises(UnsafeFileError, match="not run"):
+        audit(model, Said(data=DATA, nonmembers="test"))
 
 
 def test_an_untrained_model_is_at_chance(model: Path) -> None:
