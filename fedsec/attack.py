@@ -13,21 +13,8 @@ from fedsec.types import Seat
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from fedsec.types import (
-        CandidatePlan,
-        FederationPlan,
-        Findings,
-        Limits,
-        LocalRecipe,
-        Peers,
-        Probe,
-        PublicData,
-        RoundContext,
-        ServerView,
-        Target,
-        Update,
-        VictimPlan,
-    )
+    from fedsec.findings import CandidatePlan, Findings, Limits, PublicData, Target, VictimPlan
+    from fedsec.types import FederationPlan, LocalRecipe, Peers, Probe, RoundContext, ServerView, Update
 
 
 class Attack:

@@ -27,6 +27,7 @@ from fedsec.federation.interrogation import interrogate
 from fedsec.federation.training import Training, train
 from fedsec.federation.victims import Victim, observe, rounds_of, victims_of
 from fedsec.files import replacing
+from fedsec.findings import Findings, PublicData, Target
 from fedsec.leakage import Judge, model_state, public_prior, stamped
 from fedsec.machine import prepare_for_small_networks, usable_cores
 from fedsec.metrics.image import pixel_hash
@@ -36,7 +37,7 @@ from fedsec.privacy.ledger import PARTS, Ledger
 from fedsec.progress import Progress
 from fedsec.robust.aggregator import RuleAggregator
 from fedsec.robust.rule import ASSUMED_SHARE, assumed_f
-from fedsec.types import Findings, PublicData, RoundContext, ServerView, Target, to_json
+from fedsec.types import RoundContext, ServerView, to_json
 
 
 @dataclass

@@ -15,12 +15,13 @@ from torch import Tensor
 from fedsec.federation.assemble import Federation
 from fedsec.federation.training import Training
 from fedsec.federation.victims import Victim
+from fedsec.findings import Findings, Limits, PublicData, Reconstruction
 from fedsec.metrics.encoder import PublicEncoder, train_encoder
 from fedsec.metrics.features import Embed
 from fedsec.metrics.limits import adaptive_gap, beside_limits
 from fedsec.metrics.reconstruction import summarise_reconstructions
 from fedsec.metrics.reidentification import identifies
-from fedsec.types import Findings, Limits, PublicData, Reconstruction, RoundContext
+from fedsec.types import RoundContext
 
 GALLERY = 500
 """Largest number of same-class candidates that re-identification has to tell apart."""

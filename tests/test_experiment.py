@@ -16,9 +16,10 @@ from fedsec.config import Cell, DataConfig, FederationConfig, ModelConfig
 from fedsec.experiment import conclude, public_data
 from fedsec.federation.assemble import assemble
 from fedsec.federation.victims import Victim
+from fedsec.findings import Findings, Limits, PublicData, Reconstruction, Target, VictimPlan
 from fedsec.leakage import STAMP, public_prior
 from fedsec.metrics.image import pixel_hash
-from fedsec.types import Findings, Limits, PublicData, Reconstruction, RoundContext, Seat, Target, VictimPlan
+from fedsec.types import RoundContext, Seat
 
 STATED = {"labels": "oracle", "victim_batch": 1, "victim_mode": "train", "view": "individual"}
 TINY = {"data": {"name": "synthetic-cxr:images=260"}, "model": {"name": "lenet"}}

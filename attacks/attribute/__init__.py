@@ -16,7 +16,7 @@ from fedsec.attack import Attack
 if TYPE_CHECKING:
     import numpy as np
 
-    from fedsec.types import CandidatePlan, Findings, Target
+    from fedsec.findings import CandidatePlan, Findings, Target
 
 FEWEST = 20
 """People of each value in the population below which no probe is fitted."""
@@ -36,7 +36,7 @@ class Attribute(Attack):
 
     def candidates(self) -> CandidatePlan:
         """Images whose attributes it guesses."""
-        from fedsec.types import CandidatePlan
+        from fedsec.findings import CandidatePlan
 
         return CandidatePlan()
 
@@ -44,7 +44,7 @@ class Attribute(Attack):
         """Scores of the most frequent value of each attribute, from features and from pixels."""
         import numpy as np
 
-        from fedsec.types import Findings, TraitGuess
+        from fedsec.findings import Findings, TraitGuess
 
         candidates = target.candidates
         assert candidates is not None

@@ -16,16 +16,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from fedsec.types import (
-        Findings,
-        Limits,
-        LocalRecipe,
-        PublicData,
-        RoundContext,
-        ServerView,
-        Target,
-        VictimPlan,
-    )
+    from fedsec.findings import Findings, Limits, PublicData, Target, VictimPlan
+    from fedsec.types import LocalRecipe, RoundContext, ServerView
 
 
 @dataclass(frozen=True)
@@ -110,7 +102,7 @@ class GradInversion(Attack):
 
     def victims(self) -> VictimPlan:
         """The uploads to be shown."""
-        from fedsec.types import VictimPlan
+        from fedsec.findings import VictimPlan
 
         named = {"first": (1,), "last": (-1,), "both": (1, -1)}
         return VictimPlan(
@@ -142,7 +134,7 @@ class GradInversion(Attack):
 
     def conclude(self, target: Target) -> Findings:
         """Attack every view."""
-        from fedsec.types import Findings
+        from fedsec.findings import Findings
 
         from .parallel import make_job, run_all
         from .stamp import stamp
@@ -175,7 +167,7 @@ class GradInversion(Attack):
         )
 
     def _conclude_malicious(self, target: Target, plan: Malicious) -> Findings:
-        from fedsec.types import Findings
+        from fedsec.findings import Findings
 
         from . import malicious
         from .stamp import stamp

@@ -24,7 +24,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fedsec.types import Reconstruction
+from fedsec.findings import Reconstruction
 
 from . import (
     analytic,

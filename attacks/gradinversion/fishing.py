@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedsec.types import PublicData, ServerView, Task
+from fedsec.findings import PublicData
+from fedsec.types import ServerView, Task
 
 from .candidate import NotApplicable
 from .features import feature_function

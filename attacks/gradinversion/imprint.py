@@ -15,8 +15,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from fedsec.findings import PublicData, Reconstruction
 from fedsec.models.loss import task_loss
-from fedsec.types import LocalRecipe, PublicData, Reconstruction
+from fedsec.types import LocalRecipe
 
 from .candidate import NotApplicable
 from .certificate import EXACT_DB

@@ -8,7 +8,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from fedsec.types import Limits, ServerView, Target
+from fedsec.findings import Limits, Target
+from fedsec.types import ServerView
 
 from .bound import bound, jacobian_rank
 from .candidate import NotApplicable

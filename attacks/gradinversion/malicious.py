@@ -16,7 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from fedsec.types import LocalRecipe, PublicData, Reconstruction, RoundContext, ServerView, Target
+from fedsec.findings import PublicData, Reconstruction, Target
+from fedsec.types import LocalRecipe, RoundContext, ServerView
 
 from . import fishing, imprint
 from .auto import reconstruct

@@ -18,8 +18,9 @@ import torch
 from torch import nn
 
 from fedsec.errors import RunError
+from fedsec.findings import Reconstruction, Target
 from fedsec.machine import COMPILER
-from fedsec.types import Reconstruction, ServerView, Target
+from fedsec.types import ServerView
 
 from .auto import reconstruct
 from .observation import observe

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from fedsec.types import PublicData
+from fedsec.findings import PublicData
 
 FLOOR = 1e-3
 """τ as a share of the images' overall pixel variance."""

@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from torch import nn
 
-from fedsec.types import LocalRecipe, Reconstruction, ServerView, Target
+from fedsec.findings import Reconstruction, Target
+from fedsec.types import LocalRecipe, ServerView
 
 from .batch_statistics import read_statistics, used_by
 from .knowledge import read

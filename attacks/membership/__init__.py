@@ -16,7 +16,7 @@ from fedsec.errors import ConfigError
 from fedsec.plugins import nearest
 
 if TYPE_CHECKING:
-    from fedsec.types import CandidatePlan, Findings, Target
+    from fedsec.findings import CandidatePlan, Findings, Target
 
 SHADOWLESS = ("loss", "label_only")
 SHADOWED = ("lira", "lira_offline", "rmia", "rmia_offline")
@@ -70,13 +70,13 @@ class Membership(Attack):
 
     def candidates(self) -> CandidatePlan:
         """Images that may have been trained on, and the views of the training where a method reads them."""
-        from fedsec.types import CandidatePlan
+        from fedsec.findings import CandidatePlan
 
         return CandidatePlan(history=self.watches)
 
     def conclude(self, target: Target) -> Findings:
         """Scores of every method that can be applied."""
-        from fedsec.types import Findings
+        from fedsec.findings import Findings
 
         from .released import released_scores
 

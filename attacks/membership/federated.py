@@ -19,9 +19,10 @@ from scipy.stats import t as student
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fedsec.findings import MembershipScores, SourceGuesses, Target
 from fedsec.metrics.signals import BATCH, evaluating, logits_of, signals
 from fedsec.models.base import last_linear
-from fedsec.types import Layout, MembershipScores, ServerView, SourceGuesses, Target, Task
+from fedsec.types import Layout, ServerView, Task
 
 if TYPE_CHECKING:
     from . import Membership

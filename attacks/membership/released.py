@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fedsec.findings import Candidates, MembershipScores, Shadows, Target
 from fedsec.metrics.signals import BATCH, Signals, evaluating, logits_of, signals
-from fedsec.types import Candidates, MembershipScores, Shadows, Target
 
 from . import scores
 from .perturbations import COPIES, perturbed

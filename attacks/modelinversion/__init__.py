@@ -17,7 +17,7 @@ from fedsec.errors import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from fedsec.types import CandidatePlan, Findings, Target
+    from fedsec.findings import CandidatePlan, Findings, Target
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class ModelInversion(Attack):
 
     def candidates(self) -> CandidatePlan:
         """It asks about no image; the frame compares what it makes with members and non-members."""
-        from fedsec.types import CandidatePlan
+        from fedsec.findings import CandidatePlan
 
         return CandidatePlan()
 
@@ -49,7 +49,7 @@ class ModelInversion(Attack):
         Raises:
             ConfigError: several labels an image.
         """
-        from fedsec.types import Findings, Prototype
+        from fedsec.findings import Findings, Prototype
 
         assert target.candidates is not None
         if target.candidates.task == "multilabel":

@@ -29,9 +29,10 @@ from torch import Tensor, nn
 
 from fedsec import plugins
 from fedsec.defense import Defense
+from fedsec.findings import PublicData, Reconstruction
 from fedsec.machine import prepare_for_small_networks
 from fedsec.metrics.image import match, mse, nearest_public_psnr, to_psnr
-from fedsec.types import PublicData, Reconstruction, RoundContext, Update
+from fedsec.types import RoundContext, Update
 from tests.attacks.gradinversion import cases, defended
 
 from . import victims

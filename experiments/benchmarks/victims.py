@@ -20,7 +20,8 @@ from fedsec.attacks.gradinversion.prior import Prior, fit_prior
 from torch import Tensor, nn
 
 from fedsec import checkpoint
-from fedsec.types import LocalRecipe, PublicData, ServerView
+from fedsec.findings import PublicData
+from fedsec.types import LocalRecipe, ServerView
 from tests.attacks.gradinversion import cases
 
 ALIASES = {"noise": ("lenet-b1@0.1", "lenet-b1@1")}

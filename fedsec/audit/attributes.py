@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fedsec.findings import TraitGuess
 from fedsec.metrics.classification import auc_binary
 from fedsec.metrics.membership import Interval, auc
 from fedsec.metrics.statistics import bootstrap_weights
-from fedsec.types import TraitGuess
 
 if TYPE_CHECKING:
     from fedsec.audit.exam import Exam

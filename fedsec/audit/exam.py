@@ -20,9 +20,10 @@ from fedsec.audit.source import compare_sources
 from fedsec.data.base import Dataset
 from fedsec.federation.assemble import Federation
 from fedsec.federation.shadows import parity, train_shadows
+from fedsec.findings import CandidatePlan, Candidates, Findings, PublicData, Target
 from fedsec.machine import usable_cores
 from fedsec.progress import Progress
-from fedsec.types import CandidatePlan, Candidates, Findings, PublicData, RoundContext, ServerView, Target
+from fedsec.types import RoundContext, ServerView
 
 TRAITS = ("sex", "age", "view", "site")
 """Metadata columns that an attack may try to infer, where a data set has them."""

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedsec.findings import Prototype
 from fedsec.metrics.image import psnr
-from fedsec.types import Prototype
 
 if TYPE_CHECKING:
     from fedsec.audit.exam import Exam

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsec.audit.cohort import Cohort
+from fedsec.findings import MembershipScores
 from fedsec.metrics.membership import Interval, advantage, auc, roc, smallest_visible, tpr_at
-from fedsec.types import MembershipScores
 
 Array = NDArray[np.float64]
 KEYS = {1e-2: "tpr_at_1pct_fpr", 1e-3: "tpr_at_01pct_fpr"}

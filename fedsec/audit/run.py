@@ -22,12 +22,13 @@ from fedsec.audit.gates import Side
 from fedsec.audit.subjects import Said, Subject, of_file, of_run
 from fedsec.errors import ConfigError, RefusedError
 from fedsec.files import write_json, write_text
+from fedsec.findings import Findings
 from fedsec.machine import prepare_for_small_networks
 from fedsec.metrics.membership import Interval
 from fedsec.metrics.signals import logits_of, signals
 from fedsec.plugins import PluginSpec
 from fedsec.progress import Progress
-from fedsec.types import Findings, to_json
+from fedsec.types import to_json
 
 SCHEMA = "fedsec.audit/1"
 LIMITS = (

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsec.audit.blind import features, held_out
+from fedsec.findings import SourceGuesses
 from fedsec.metrics.membership import Interval
 from fedsec.metrics.statistics import clopper_pearson
-from fedsec.types import SourceGuesses
 
 if TYPE_CHECKING:
     from fedsec.audit.exam import Exam

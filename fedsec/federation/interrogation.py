@@ -17,7 +17,8 @@ from fedsec.federation.assemble import Federation
 from fedsec.federation.round import Seats, ServerState
 from fedsec.federation.training import Training
 from fedsec.federation.victims import Victim, upload_view, victim_context, victim_recipe
-from fedsec.types import PublicData, RoundContext, ServerView, VictimPlan
+from fedsec.findings import PublicData, VictimPlan
+from fedsec.types import RoundContext, ServerView
 
 
 def interrogate(

@@ -32,9 +32,10 @@ from fedsec.federation.engines.base import ClientData
 from fedsec.federation.engines.serial import Serial
 from fedsec.federation.participation import Participation
 from fedsec.federation.round import Seats, ServerState, run_round
+from fedsec.findings import Shadows
 from fedsec.machine import prepare_for_small_networks, usable_cores
 from fedsec.progress import Progress
-from fedsec.types import RoundContext, Shadows
+from fedsec.types import RoundContext
 
 Weights = tuple[Tensor, Tensor]
 

@@ -18,7 +18,8 @@ from fedsec.federation.assemble import Federation
 from fedsec.federation.local import shuffled_batches
 from fedsec.federation.round import Seats, ServerState, Turn, aggregate, broadcast, client_turn, collect, server_view
 from fedsec.federation.training import Training
-from fedsec.types import LocalRecipe, RoundContext, ServerView, VictimPlan
+from fedsec.findings import VictimPlan
+from fedsec.types import LocalRecipe, RoundContext, ServerView
 
 
 @dataclass(frozen=True)

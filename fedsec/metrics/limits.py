@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from fedsec.findings import Limits
 from fedsec.metrics.image import to_psnr
 from fedsec.metrics.statistics import bootstrap, two_level_bootstrap, weighted_mean
 from fedsec.metrics.verdict import Standing, verdict
-from fedsec.types import Estimate, Limits
+from fedsec.types import Estimate
 
 Row = Mapping[str, Any]
 Array = NDArray[np.float64]

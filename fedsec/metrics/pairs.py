@@ -12,10 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedsec.findings import Reconstruction
 from fedsec.metrics.image import match, replace_missing
 from fedsec.metrics.reidentification import label_rows
 from fedsec.metrics.statistics import proportion
-from fedsec.types import Reconstruction
 
 
 @dataclass(frozen=True)

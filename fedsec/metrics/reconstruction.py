@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from fedsec.findings import Reconstruction
 from fedsec.metrics.encoder import PublicEncoder
 from fedsec.metrics.features import Embed, compare_features, diagnosis
 from fedsec.metrics.image import largest_rdlv, mse, nearest_public_psnr, pixel_hash, psnr, rdlv, ssim
@@ -16,7 +17,7 @@ from fedsec.metrics.limits import mean_mse_psnr
 from fedsec.metrics.pairs import Pairs, label_recovery, pair_up
 from fedsec.metrics.reidentification import Galleries, draw_galleries, reidentification
 from fedsec.metrics.statistics import bootstrap, proportion, weighted_median
-from fedsec.types import Estimate, Reconstruction
+from fedsec.types import Estimate
 
 PSNR_MARKS = (20, 25, 30, 40)
 SSIM_MARKS = (0.5, 0.7, 0.9)

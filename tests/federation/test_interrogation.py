@@ -20,8 +20,9 @@ from fedsec.federation.assemble import Federation, assemble, resolve
 from fedsec.federation.interrogation import interrogate
 from fedsec.federation.training import Training
 from fedsec.federation.victims import observe, victims_of
+from fedsec.findings import PublicData, VictimPlan
 from fedsec.plugins import PluginSpec
-from fedsec.types import LocalRecipe, Payload, PublicData, RoundContext, Seat, ServerView, Update, VictimPlan
+from fedsec.types import LocalRecipe, Payload, RoundContext, Seat, ServerView, Update
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from fedsec.federation.victims import local_batches, victim_recipe
-from fedsec.types import LocalRecipe, RoundContext, VictimPlan
+from fedsec.findings import VictimPlan
+from fedsec.types import LocalRecipe, RoundContext
 
 CLIENTS = LocalRecipe("binary", 2, 0.1, 0.9, 0.0, 32, 1, None)
 

@@ -7,8 +7,9 @@ import json
 import numpy as np
 import pytest
 
+from fedsec.findings import Limits
 from fedsec.metrics.limits import across_seeds, adaptive_gap, beside_limits
-from fedsec.types import Limits, to_json
+from fedsec.types import to_json
 
 
 def rng():

@@ -10,10 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedsec.findings import Reconstruction
 from fedsec.metrics.encoder import PublicEncoder
 from fedsec.metrics.image import nearest_public_psnr, psnr
 from fedsec.metrics.reconstruction import complete, summarise_reconstructions
-from fedsec.types import Reconstruction, to_json
+from fedsec.types import to_json
 
 BATCHES, SIZE = 12, 4
 

@@ -17,7 +17,8 @@ from fedsec.attacks.gradinversion.observation import Observation, observe
 from fedsec.attacks.gradinversion.prior import Prior, fit_prior
 from torch import Tensor, nn
 
-from fedsec.types import Layout, LocalRecipe, PublicData, RoundContext, ServerView, Target, Update
+from fedsec.findings import PublicData, Target
+from fedsec.types import Layout, LocalRecipe, RoundContext, ServerView, Update
 
 L32 = [872, 3346, 603, 2028, 2202, 2926, 4159, 1990, 519, 452, 3882, 395, 1075, 61, 1793, 1752, 205, 98, 3923, 2973]
 L32 += [438, 2040, 1833, 1703, 3388, 3363, 2978, 4097, 1042, 4680, 929, 559]

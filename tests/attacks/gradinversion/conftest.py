@@ -8,7 +8,7 @@ import pytest
 from fedsec.attacks.gradinversion.prior import Prior
 from torch import Tensor
 
-from fedsec.types import PublicData
+from fedsec.findings import PublicData
 
 from . import cases
 

@@ -10,7 +10,8 @@ from fedsec.attacks.gradinversion import GradInversion
 from torch import Tensor
 
 from fedsec import plugins
-from fedsec.types import PublicData, ServerView, Target
+from fedsec.findings import PublicData, Target
+from fedsec.types import ServerView
 
 from . import cases, defended
 

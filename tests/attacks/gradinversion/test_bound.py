@@ -19,8 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from fedsec.findings import PublicData
 from fedsec.metrics.verdict import Standing, verdict
-from fedsec.types import PublicData
 
 from . import cases
 

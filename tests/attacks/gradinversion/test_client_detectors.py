@@ -11,7 +11,7 @@ from fedsec.attacks.gradinversion.client_detectors import Detection, duplicate_s
 from torch import nn
 
 from fedsec import models
-from fedsec.types import PublicData
+from fedsec.findings import PublicData
 
 from . import cases
 

@@ -25,7 +25,7 @@ from fedsec.attacks.gradinversion.unrolled import Unrolled, batch_size, one_step
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedsec.types import PublicData
+from fedsec.findings import PublicData
 
 from . import cases
 

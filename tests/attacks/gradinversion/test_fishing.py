@@ -19,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fedsec.types import PublicData, ServerView
+from fedsec.findings import PublicData
+from fedsec.types import ServerView
 
 from . import cases
 

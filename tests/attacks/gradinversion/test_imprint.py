@@ -18,8 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from fedsec.findings import PublicData, Reconstruction
 from fedsec.models.base import last_linear
-from fedsec.types import PublicData, Reconstruction, Update
+from fedsec.types import Update
 
 from . import cases
 

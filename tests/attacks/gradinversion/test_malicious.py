@@ -15,7 +15,8 @@ from fedsec.attacks.gradinversion.settings import Malicious, MaliciousMethod, Se
 from torch import nn
 
 import fedsec
-from fedsec.types import PublicData, RoundContext, ServerView, Target
+from fedsec.findings import PublicData, Target
+from fedsec.types import RoundContext, ServerView
 
 from . import cases
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from fedsec.attacks.gradinversion import GradInversion
 
-from fedsec.types import Findings, PublicData, Target, VictimPlan
+from fedsec.findings import Findings, PublicData, Target, VictimPlan
 
 from . import cases
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fedsec import plugins
-from fedsec.types import PublicData
+from fedsec.findings import PublicData
 
 from . import cases, defended
 
