@@ -155,7 +155,7 @@ def choose_aggregator(defenses: tuple[Defense, ...]) -> Aggregator:
         other = next(name for name, _ in rules if name != hiding)
         raise ConfigError(
             f"{other} and {hiding} both aggregate, and {hiding} hides individual updates from the server: choose one "
-            "(norm_clip:at=client and dp work with either)"
+            "of the two, or clip at the client instead"
         )
     if len(rules) > 1:
         why = next((f". {rule.alone}" for _, rule in rules if rule.alone), "")
