@@ -254,7 +254,10 @@ class Keeper:
 
 def _sweep_up(folder: RunFolder) -> None:
     """Remove what a killed process left half-written; nobody else is at work in this folder."""
-    for path in (*folder.path.glob("artifacts/.*"), *folder.path.glob("cells/.*"), *folder.path.glob("failed/.*")):
+    left = [path for place in (".", "artifacts", "cells", "failed") for path in (folder.path / place).glob(".*")]
+    for path in left:
+        if path.name == ".lock":
+            continue
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
