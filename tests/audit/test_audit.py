@@ -55,7 +55,7 @@ def test_an_overfitted_model_is_found(tmp_path: Path) -> None:
     """200 images without any pattern: whatever the network knows of them it has memorised."""
     rng = np.random.default_rng(0)
     arrays = {}
-    for part, count in (("train", 200), ("val", 250), ("test", 500)):
+    for part, count in (("train", 200), ("val", 500), ("test", 250)):
         arrays[f"{part}_images"] = rng.integers(0, 256, (count, 28, 28)).astype(np.uint8)
         arrays[f"{part}_labels"] = rng.integers(0, 2, (count, 1)).astype(np.uint8)
     np.savez(tmp_path / "noise.npz", **arrays)  # type: ignore[arg-type]
