@@ -22,10 +22,11 @@ from fedsec.plotting import (
     wrapped,
     write_figure,
 )
-from fedsec.tradeoff import Measure, Point, pareto, short
+from fedsec.tradeoff import Measure, Point, attack_label, defense_label, pareto, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Number = float | None
 COLUMNS = "attack defense epsilon utility utility_low utility_high leakage leakage_low leakage_high seeds on_front"
@@ -99,43 +100,81 @@ def heat_map(points: Sequence[Point], path: Path) -> list[Path]:
     Args:
         points: of one data set and model. path: where to write, without suffix.
     """
-    from matplotlib.figure import Figure
-
     attacks = list(dict.fromkeys(p.attack for p in points))
     defenses = list(dict.fromkeys(p.defense for p in points))
     at = {(p.attack, p.defense): p for p in points}
     shares = {key: _share(p, at.get((p.attack, "none")), points) for key, p in at.items()}
-    wide, tall = 1.9 + 1.15 * len(attacks), 1.1 + 0.27 * len(defenses)
-    figure = Figure(figsize=(max(wide, 4.2), tall), facecolor="white")
-    axes = figure.add_axes((1.75 / max(wide, 4.2), 0.3 / tall, 1.15 * len(attacks) / max(wide, 4.2), 1 - 1.1 / tall))
-    grid = [[shares.get((a, d)) for a in attacks] for d in defenses]
-    numbers = [[float("nan") if v is None else v for v in row] for row in grid]
-    axes.imshow(numbers, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-    for row, defense in enumerate(defenses):
-        for column, attack in enumerate(attacks):
-            p = at.get((attack, defense))
-            share = shares.get((attack, defense))
-            text = "–" if p is None else _value(p.measure, p.leakage["value"])
-            colour = "white" if share is not None and share > 0.6 else "black"
-            axes.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
-    titles = [f"{wrapped(short(a), 20)}\n({_what(at, a, defenses)})" for a in attacks]
-    axes.set_xticks(range(len(attacks)), titles, fontsize=7)
-    axes.set_yticks(range(len(defenses)), [wrapped(short(d), LABEL_WIDTH) for d in defenses], fontsize=8)
-    axes.xaxis.tick_top()
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    axes.set_xticks([c - 0.5 for c in range(1, len(attacks))], minor=True)
-    axes.set_yticks([r - 0.5 for r in range(1, len(defenses))], minor=True)
-    axes.grid(which="minor", color="white", linewidth=1.5)
-    axes.tick_params(which="minor", length=0)
-    note = "dark: as much as without a defense; white: no more than without an attack"
-    figure.text(0.02, 0.06 / tall, note, fontsize=7, color=MUTED)
+    values = {key: _value(p.measure, p.leakage["value"]) for key, p in at.items()}
+    figure = _grid(
+        [[(shares.get((a, d)), values.get((a, d), "–")) for a in attacks] for d in defenses],
+        [f"{wrapped(short(a), 20)}\n({_what(at, a, defenses)})" for a in attacks],
+        [wrapped(short(d), LABEL_WIDTH) for d in defenses],
+        "dark: as much as without a defense; white: no more than without an attack",
+    )
     header = ("attack", "defense", "measure", "value", "low", "high", "share_of_undefended")
     rows = [
         (p.attack, p.defense, p.measure.path, *_three(p.leakage), "" if shares[key] is None else f"{shares[key]:.4f}")
         for key, p in at.items()
     ]
     return write_figure(figure, path, header, rows)
+
+
+def breakdown_map(series: Sequence[Mapping[str, Any]], path: Path) -> list[Path]:
+    """Fewest malicious clients that break each rule; dark is early, white is never.
+
+    Args:
+        series: entries of `breakdown.json` of one data set and seed. path: where to write, without suffix.
+    """
+    attacks = list(dict.fromkeys(attack_label(s) for s in series))
+    rules = list(dict.fromkeys(defense_label(s) for s in series))
+    at = {(attack_label(s), defense_label(s)): s for s in series}
+
+    def entry(attack: str, rule: str) -> tuple[Number, str]:
+        found = at.get((attack, rule))
+        if found is None or not found["finished"]:
+            return None, "–" if found is None else "?"
+        if found["point"] is None:
+            return 0.0, f"> {found['limit']}"
+        return 1 - (found["point"] - 1) / found["limit"], f"{found['point']}{'' if found['monotone'] else '*'}"
+
+    clients = series[0]["clients"]
+    figure = _grid(
+        [[entry(a, r) for a in attacks] for r in rules],
+        [wrapped(short(a), 20) for a in attacks],
+        [wrapped(short(r), LABEL_WIDTH) for r in rules],
+        f"malicious clients of {clients} that cost the rule its AUC; white: none up to the number shown",
+    )
+    header = ("attack", "rule", "clients", "breakdown", "limit", "monotone")
+    rows = [(a, r, s["clients"], s["point"] or "", s["limit"], s["monotone"]) for (a, r), s in at.items()]
+    return write_figure(figure, path, header, rows)
+
+
+def _grid(
+    entries: Sequence[Sequence[tuple[Number, str]]], columns: Sequence[str], rows: Sequence[str], note: str
+) -> Figure:
+    """A table whose entries are shaded from 0 (white) to 1 (dark); None is left empty."""
+    from matplotlib.figure import Figure
+
+    wide, tall = max(1.9 + 1.15 * len(columns), 4.2), 1.1 + 0.27 * len(rows)
+    figure = Figure(figsize=(wide, tall), facecolor="white")
+    axes = figure.add_axes((1.75 / wide, 0.3 / tall, 1.15 * len(columns) / wide, 1 - 1.1 / tall))
+    numbers = [[float("nan") if v is None else v for v, _ in row] for row in entries]
+    axes.imshow(numbers, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    for y, row in enumerate(entries):
+        for x, (share, text) in enumerate(row):
+            colour = "white" if share is not None and share > 0.6 else "black"
+            axes.text(x, y, text, ha="center", va="center", fontsize=8, color=colour)
+    axes.set_xticks(range(len(columns)), columns, fontsize=7)
+    axes.set_yticks(range(len(rows)), rows, fontsize=8)
+    axes.xaxis.tick_top()
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_xticks([c - 0.5 for c in range(1, len(columns))], minor=True)
+    axes.set_yticks([r - 0.5 for r in range(1, len(rows))], minor=True)
+    axes.grid(which="minor", color="white", linewidth=1.5)
+    axes.tick_params(which="minor", length=0)
+    figure.text(0.02, 0.06 / tall, note, fontsize=7, color=MUTED)
+    return figure
 
 
 def roc_curves(curves: Mapping[str, Sequence[tuple[float, float]]], path: Path) -> list[Path]:

@@ -15,6 +15,8 @@ from fedsec.plugins import PluginSpec
 from fedsec.store import RunFolder
 from fedsec.tradeoff import UTILITY, Point, attack_label, changes_training, defense_label, points, setting, short
 
+BREAKDOWN = "breakdown.json"
+"""What a search of `fedsec.grid.breakdown` leaves in its run folder."""
 SHOWN = 8
 """Images in a row of the reconstruction wall."""
 
@@ -27,9 +29,26 @@ def draw(run: Path, redact: bool = False) -> list[Path]:
     for cell in cells:
         settings.setdefault(setting(cell), []).append(cell)
     written: list[Path] = []
+    if (folder.path / BREAKDOWN).is_file():
+        return draw_breakdown(folder, cells)
     for name, chosen in settings.items():
         figures = folder.path / "figures" / (slug(name) if len(settings) > 1 else "")
         written += draw_setting(folder, chosen, figures, redact)
+    return written
+
+
+def draw_breakdown(folder: RunFolder, cells: Sequence[Mapping[str, Any]]) -> list[Path]:
+    """Of a search for breakdown points: the map of each setting and seed, and the curve of each attack."""
+    content = json.loads((folder.path / BREAKDOWN).read_text(encoding="utf-8"))["series"]
+    maps: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for item in content:
+        maps.setdefault((item["data"], item["partition"], item["seed"]), []).append(item)
+    written: list[Path] = []
+    for (data, partition, seed), series in maps.items():
+        stem = f"breakdown-{slug(data)}-{partition}-{seed}" if len(maps) > 1 else "breakdown"
+        written += charts.breakdown_map(series, folder.path / "figures" / stem)
+    for attack, shares in breakdowns(points(cells), cells).items():
+        written += charts.breakdown_curve(shares, folder.path / "figures" / f"curve-{slug(attack)}", attack)
     return written
 
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from fedsec.config import Cell, expand
 from fedsec.errors import ConfigError
+from fedsec.figures import BREAKDOWN as FILE
 from fedsec.files import write_json
 from fedsec.grid.run import Plan, carry_out, plan_of, serial_by_default
 from fedsec.metrics.breakdown import DROP, auc_drop, breakdown, broken, next_to_try
@@ -27,8 +28,6 @@ from fedsec.types import Estimate
 
 if TYPE_CHECKING:
     from fedsec.federation.assemble import Federation
-
-FILE = "breakdown.json"
 
 
 @dataclass

@@ -11,6 +11,7 @@ import pytest
 from fedsec.cli.tables import breaking
 from fedsec.config import expand
 from fedsec.errors import ConfigError
+from fedsec.figures import draw
 from fedsec.grid.breakdown import FILE, search, series_of
 from fedsec.store import RunFolder
 
@@ -36,6 +37,8 @@ def test_a_mean_breaks_at_once_and_the_search_resumes(tmp_path: Path) -> None:
     assert again["breakdown"] == found["breakdown"]
     assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "r" / "cells").glob("*.json")} == kept
     assert json.loads((tmp_path / "r" / FILE).read_text())["series"] == found["breakdown"]
+    names = {p.name for p in draw(tmp_path / "r")}
+    assert {"breakdown.png", "breakdown.csv"} <= names and not any(n.startswith("tradeoff") for n in names)
     calm = [c for c in RunFolder.open(tmp_path / "r").results() if c["attack"] is None]
     hit = [c for c in RunFolder.open(tmp_path / "r").results() if (c["attack"] or {}).get("fraction") == 0.4]
     drop = calm[0]["utility"]["auc"]["value"] - hit[0]["utility"]["auc"]["value"]
