@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from fedsec.attacks.gradinversion import inverting_gradients as module
@@ -11,7 +13,7 @@ from fedsec.attacks.gradinversion.inverting_gradients import Terms, inverting_gr
 from fedsec.attacks.gradinversion.objectives import best_scale, cosine_distance, squared_error, total_variation
 from fedsec.attacks.gradinversion.observation import observe
 from fedsec.attacks.gradinversion.prior import Prior, fit_prior
-from fedsec.attacks.gradinversion.starts import check_distinct, noise_start
+from fedsec.attacks.gradinversion.starts import check_distinct, noise_start, prior_start
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -85,6 +87,14 @@ def test_images_of_a_batch_start_apart_and_equal_starts_are_refused(blob_prior: 
     equal = starts[0, :1].expand(3, -1, -1, -1)
     with pytest.raises(ValueError, match="can never separate"):
         inverting_gradients(observation, data.labels, Clock(1), torch.Generator(), start=equal)
+
+
+def test_hundreds_of_images_start_apart(blob_prior: Prior) -> None:
+    """The sum of ten clients holds 320 images: among so many draws of the prior some pair is nearly equal."""
+    narrow = replace(blob_prior, basis=blob_prior.basis[:, :2], variance=blob_prior.variance[:2])
+    model, data = cases.lenet(shape=SHAPE), cases.blobs(320, seed=1)
+    observation = cases.observation_of(model, data.images, data.labels, narrow)
+    check_distinct(prior_start(observation, torch.Generator().manual_seed(0)), narrow.spread)
 
 
 @pytest.mark.parametrize("shape", [(1, 16, 16), (3, 16, 16), (1, 20, 12)])
