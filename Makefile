@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # Small convolutions with several threads on a busy machine run 10-50x slower.
 export OMP_NUM_THREADS ?= 1
-# Test processes; a file's tests stay in one, so that its fixtures are made once.
+# Test processes. Whoever is done takes tests from the other: a few files start whole programs and take minutes.
 JOBS ?= 2
 
 .PHONY: install demo test test-all lint docs clean
@@ -28,10 +28,10 @@ lint: install
 	$(BIN)/mypy
 
 test: lint docs
-	$(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist worksteal
 
 test-all: lint docs
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 docs: install
 	$(BIN)/mkdocs build --strict --quiet

@@ -158,7 +158,7 @@ def finished(page_plugins: None, tmp_path_factory: pytest.TempPathFactory) -> di
     import fedsec
 
     tables = {
-        "attack": ["none", "labelflip:fraction=0.34", "lookalike:images=3,candidates=20"],
+        "attack": ["none", "labelflip:fraction=0.34", "lookalike:images=3,pool=20"],
         "defense": ["clip:bound=0.5+gaussian:clip=0.5,epsilon=50"],
         "data": {"name": "synthetic-cxr:images=200"},
         "model": {"name": "lenet"},
