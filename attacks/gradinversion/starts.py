@@ -24,15 +24,19 @@ def noise_start(observation: Observation, generator: torch.Generator, restarts: 
 def prior_start(observation: Observation, generator: torch.Generator) -> Tensor:
     """(B, C, H, W): the public mean for one image; for a batch, draws about it that are 0.3 of the prior wide.
 
-    Of some hundred such draws two are nearly equal by chance: noise then, whose images never are.
+    Where two of them are nearly equal, since they are many or public images are much alike, the draws are as wide as the
+    prior; and where that is not enough, noise, whose images never are equal.
     """
     prior = observation.prior
     rank = min(64, prior.rank)
     if observation.batch == 1 or rank == 0:
         return prior.mean[None].clone() if observation.batch == 1 else noise_start(observation, generator, 1)[0]
     draw = torch.randn(observation.batch, rank, generator=generator).to(prior.mean)
-    start = prior.synthesise(PRIOR_SPREAD * draw * prior.variance[:rank].sqrt())
-    return start if equal_pair(start, prior.spread) is None else noise_start(observation, generator, 1)[0]
+    for width in (PRIOR_SPREAD, 1.0):
+        start = prior.synthesise(width * draw * prior.variance[:rank].sqrt())
+        if equal_pair(start, prior.spread) is None:
+            return start
+    return noise_start(observation, generator, 1)[0]
 
 
 def public_mixtures(shares: Tensor, target: Tensor, batch: int, generator: torch.Generator, tries: int) -> list[Tensor]:
