@@ -24,7 +24,7 @@ def noise_start(observation: Observation, generator: torch.Generator, restarts: 
 def prior_start(observation: Observation, generator: torch.Generator) -> Tensor:
     """(B, C, H, W): the public mean for one image; for a batch, draws about it that are 0.3 of the prior wide.
 
-    Where two of them are nearly equal, since they are many or public images are much alike, the draws are as wide as the
+    Where two of them are nearly equal (they are many, or public images are much alike) the draws are as wide as the
     prior; and where that is not enough, noise, whose images never are equal.
     """
     prior = observation.prior
