@@ -56,7 +56,8 @@ def entry(cells: Sequence[Cell]) -> str:
         return ""
     value, low, high = over_seeds(cells, "auc")
     text = f"{value:.3f} [{low:.3f}, {high:.3f}]"
-    weights = [c["robustness"]["attacker_weight"]["value"] for c in cells if "attacker_weight" in c["robustness"]]
+    held = [c.get("robustness", {}).get("attacker_weight") for c in cells]
+    weights = [w["value"] for w in held if w]
     return f"{text} ({np.mean(weights):.2f})" if weights else text
 
 
@@ -74,7 +75,7 @@ def cost_rows(cells: Sequence[Cell], rules: Sequence[str]) -> list[list[str]]:
         rows.append(row)
     heard = ["clients heard"]
     for rule in rules:
-        counts = [calm[rule, s]["robustness"].get("effective_clients", {}).get("value") for s in seeds]
+        counts = [calm[rule, s].get("robustness", {}).get("effective_clients", {}).get("value") for s in seeds]
         heard.append(f"{np.mean(counts):.1f}" if None not in counts else "–")
     return [*rows, heard]
 
