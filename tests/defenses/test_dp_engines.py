@@ -199,9 +199,10 @@ def test_twelve_torchvision_nets_take_three_private_steps(name: str, engine: str
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NETS)
 def test_ghost_norms_equal_single_images_in_torchvision_nets(name: str) -> None:
-    model = torchvision_net(name).eval()
+    """In float64: in float32 plain back-propagation of some of these nets is off by 0.1 % and more."""
+    model = torchvision_net(name).eval().double()
     generator = torch.Generator().manual_seed(3)
-    x, y = torch.randn(2, 3, 64, 64, generator=generator), torch.arange(2)
+    x, y = torch.randn(2, 3, 64, 64, generator=generator, dtype=torch.float64), torch.arange(2)
     units = torch.arange(2)
     _, ours = summed("ghost", model, x, y, units, 0.5)
-    assert relative(ours, definition(model, x, y, units, 0.5)) < 1e-4
+    assert relative(ours, definition(model, x, y, units, 0.5)) < 1e-9
