@@ -10,11 +10,12 @@ are installed: pip install -e '.[bench]'.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
-import resource
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -55,16 +56,29 @@ class Row:
     seconds: float
     ratio: float
     peak_mb: float
-    """Memory beyond the updates at its highest; an upper limit, since the process never returns all of it."""
+    """Memory beyond the updates at its highest during one call, the result included."""
     difference: float | None = None
     """Largest difference from our result, relative to the largest entry."""
 
 
+def resident(key: str) -> float:
+    """MB of this process, from Linux: VmRSS now, VmHWM at its highest."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith(key)) / 1024
+
+
+def fresh_peak() -> float:
+    """Forget the highest memory so far; returns the present one."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+    return resident("VmRSS")
+
+
 def cpu(call: Callable[[], Any], repeats: int) -> tuple[float, float, Any]:
-    """(best CPU seconds, MB by which the process grew, result)."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """(best CPU seconds, MB by which the process grew at its highest, result)."""
+    before = fresh_peak()
     result = call()
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    grown = resident("VmHWM") - before
     best = float("inf")
     for _ in range(repeats):
         start = time.process_time()
