@@ -241,6 +241,7 @@ RARE |= {"public_context_bytes", "fraction_encrypted", "flood_lambda", "threshol
 RARE |= {"encrypt_seconds", "serialise_seconds", "mask_seconds", "server_load_seconds", "server_add_seconds"}
 RARE |= {"decrypt_seconds", "unmask_seconds", "rms_error", "max_error"}
 RARE |= {"label_set_coverage", "label_set_size", "dp_audit"}
+RARE |= {"matched_public_psnr", "matched_public_psnr_of_mean_mse", "reid_matched_rank1", "reid_matched_auc"}
 """Documented keys that the tiny run has no reason to show."""
 
 

@@ -70,6 +70,7 @@ def _row(cell: Result, intervals: bool) -> dict[str, str]:
         "clients heard": interval(robust.get("effective_clients"), 1, bare=True),
         "PSNR dB": interval(leakage.get("psnr"), 1, bare=not intervals),
         "prior": interval(leakage.get("prior_psnr"), 1, bare=True),
+        "matched": interval(leakage.get("matched_public_psnr"), 1, bare=True),
         "nearest": interval(leakage.get("nearest_public_psnr"), 1, bare=True),
         "bound": interval(leakage.get("bound_psnr"), 1, bare=True),
         "gap": interval(leakage.get("gap_db"), 1, bare=True),

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from fedsec.findings import Limits
 from fedsec.metrics.image import to_psnr
 from fedsec.metrics.statistics import bootstrap, two_level_bootstrap, weighted_mean
-from fedsec.metrics.verdict import Standing, verdict
+from fedsec.metrics.verdict import MATCHED, MEAN_IMAGE, Standing, verdict
 from fedsec.types import Estimate
 
 Row = Mapping[str, Any]
@@ -62,14 +62,20 @@ def beside_limits(
     bounds = np.array([np.nan if item.bound_mse is None else item.bound_mse for item in limits] or [np.nan])
     bounds = np.maximum(bounds[victim], 1e-14) if limits else np.full(len(rows), np.nan)
     known = ~np.isnan(bounds)
+    baseline = MEAN_IMAGE
     result: dict[str, Any] = {}
     for name in sorted({name for item in limits for name in item.values}):
         result[name] = float(np.median([item.values[name] for item in limits if name in item.values]))
     notes = sorted({note for item in limits for note in item.notes})
     shown = known if known.any() else np.ones(len(rows), dtype=bool)
+    if rows and all("matched_public_psnr" in row for row in rows):
+        matched = errors_of(rows, "matched_public_psnr")
+        if matched[shown].mean() < prior[shown].mean():
+            prior, baseline = matched, MATCHED
     standing = Standing(
         attack=float(mean_mse_psnr(errors[shown])),
         prior=float(mean_mse_psnr(prior[shown])),
+        baseline=baseline,
         bound=float(mean_mse_psnr(bounds[known])) if known.any() else None,
         identified=identified,
     )

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
 from fedsec.findings import Reconstruction
 from fedsec.metrics.encoder import PublicEncoder
 from fedsec.metrics.features import Embed, compare_features, diagnosis
-from fedsec.metrics.image import largest_rdlv, mse, nearest_public_psnr, pixel_hash, psnr, rdlv, ssim
+from fedsec.metrics.image import largest_rdlv, mse, nearest_public_psnr, pixel_hash, psnr, rdlv, ssim, to_psnr
 from fedsec.metrics.limits import mean_mse_psnr
 from fedsec.metrics.pairs import Pairs, label_recovery, pair_up
 from fedsec.metrics.reidentification import Galleries, draw_galleries, reidentification
@@ -21,6 +23,8 @@ from fedsec.types import Estimate
 
 PSNR_MARKS = (20, 25, 30, 40)
 SSIM_MARKS = (0.5, 0.7, 0.9)
+STRANGERS = 5
+"""Draws of public images behind `matched_public_psnr`."""
 NULL_DRAWS = 20
 """Sets of strangers behind `rdlv_max_null`."""
 MAX_SIMILARITIES = 4096
@@ -58,7 +62,9 @@ def summarise_reconstructions(
 
     Returns:
         Estimates `psnr` (median), `psnr_of_mean_mse`, `ssim` (median), `prior_psnr`, `prior_psnr_of_mean_mse` and
-        `prior_ssim` (of μ), `nearest_public_psnr`, `rdlv`; the `label_*` keys of `pairs.label_recovery`; `success`,
+        `prior_ssim` (of μ), `nearest_public_psnr`, `rdlv`; where an attack hands in several images,
+        `matched_public_psnr` and its `_of_mean_mse` (as many random public ones, matched with the truth in the same
+        way) and `reid_matched_*`; the `label_*` keys of `pairs.label_recovery`; `success`,
         shares of images; the `reid_*` keys of `reidentification`, and `reid_prior_auc`, the same for μ, which must be
         at chance; `rdlv_max` with its null; the keys of `features`, and `reid_encoder_*`, where there is a network;
         `n_missing` images without a finite reconstruction, for which μ counts, and `n_surplus` reconstructions beyond
@@ -75,6 +81,14 @@ def summarise_reconstructions(
     ]
     result = measure.closeness(public_images.cpu(), rows) | measure.similarity(rows)
     success = result.pop("success") | result.pop("success_ssim", {})
+    strangers = None
+    if any(len(guess.images) > 1 for guess in reconstructions):
+        (draw,) = generator.spawn(1)  # every other draw stays what it was
+        strangers = [
+            pair_up(public_instead(reconstructions, public_images, draw), truths, labels, prior).images
+            for _ in range(STRANGERS)
+        ]
+        result |= measure.matched(strangers, rows)
     result |= label_recovery(reconstructions, labels, pairs)
     if gallery_images is not None and gallery_labels is not None:
         public = set(pixel_hash(public_images))
@@ -82,6 +96,8 @@ def summarise_reconstructions(
         candidates = gallery_images[private].cpu(), gallery_labels[private].cpu()
         galleries = draw_galleries(pairs.truths, pairs.labels, *candidates, generator=generator)
         result |= measure.identification(galleries, encoder, rows) | measure.best_of_many(galleries)
+        if strangers is not None:
+            result |= measure.matched_identification(galleries, strangers)
     if victim_features is not None:
         result |= measure.features("victim", victim_features)
     if encoder is not None:
@@ -89,6 +105,21 @@ def summarise_reconstructions(
         result |= diagnosis(encoder.classify, pairs.images, pairs.truths, pairs.labels, pairs.victim)
     counts = {"n_missing": int(pairs.missing.sum()), "n_surplus": pairs.surplus}
     return complete(result | counts | {"success": success, "images": rows})
+
+
+def public_instead(
+    reconstructions: Sequence[Reconstruction], public_images: Tensor, generator: np.random.Generator
+) -> list[Reconstruction]:
+    """As many random public images in the place of each reconstruction.
+
+    Whoever hands in many images is matched with the truth to its advantage; so would anybody be.
+    """
+    result = []
+    for guess in reconstructions:
+        count = len(guess.images)
+        rows = generator.choice(len(public_images), count, replace=count > len(public_images))
+        result.append(replace(guess, images=public_images[torch.from_numpy(rows)]))
+    return result
 
 
 def complete(table: Mapping[str, Any]) -> Table:
@@ -133,6 +164,29 @@ class _Measure:
             "nearest_public_psnr": self.median(nearest),
             "success": success,
         }
+
+    def matched(self, strangers: Sequence[Tensor], rows: list[Table]) -> Table:
+        """What matching alone is worth: several draws of public images (N, C, H, W) that were matched."""
+        errors = np.mean([mse(images, self.pairs.truths).numpy() for images in strangers], axis=0)
+        dB = to_psnr(torch.from_numpy(errors)).numpy()
+        for row, value in zip(rows, dB.tolist(), strict=True):
+            row["matched_public_psnr"] = value
+        more: Table = {"generator": self.generator, "draws": self.draws, "groups": self.pairs.victim}
+        return {
+            "matched_public_psnr": self.median(dB),
+            "matched_public_psnr_of_mean_mse": bootstrap(mean_mse_psnr, errors, **more),
+        }
+
+    def matched_identification(self, galleries: Galleries, strangers: Sequence[Tensor]) -> Table:
+        """How often matched public images point at the patient: means over the draws."""
+        more: Table = {"generator": self.generator, "draws": 100, "groups": self.pairs.victim}
+        found = [reidentification(galleries.ranks(images), **more) for images in strangers]
+        result: Table = {}
+        for key in ("rank1", "auc"):
+            values = [e.value for f in found if isinstance(e := f.get(f"reid_{key}"), Estimate)]
+            if values:
+                result[f"reid_matched_{key}"] = float(np.mean(values))
+        return result
 
     def similarity(self, rows: list[Table]) -> Table:
         """Structural similarity; nothing below 11 pixels."""

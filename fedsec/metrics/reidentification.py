@@ -108,14 +108,16 @@ def identifies(found: Mapping[str, Any]) -> bool:
     """Do the reconstructions point at their patients, in pixels or in features, by the whole of an interval?
 
     The mean rank must beat both 0.5 and what the public mean image reaches in the same galleries, or the share of
-    first places twice its chance: a single lucky hit in 20 would do for once.
+    first places twice its chance: a single lucky hit in 20 would do for once. Several reconstructions that were matched
+    with the truth must beat public images that were matched in the same way (by pixels).
     """
     for kind in ("reid_", "reid_encoder_"):
         rank1, auc = found.get(f"{kind}rank1"), found.get(f"{kind}auc")
         null = found.get(f"{kind}prior_auc")
-        if rank1 is not None and rank1.low > 2 * found["reid_chance"]:
+        if rank1 is not None and rank1.low > max(2 * found["reid_chance"], found.get("reid_matched_rank1", 0.0)):
             return True
-        if auc is not None and auc.low > max(0.5, null.value if null is not None else 0.5):
+        beaten = max(0.5, null.value if null is not None else 0.5, found.get("reid_matched_auc", 0.0))
+        if auc is not None and auc.low > beaten:
             return True
     return False
 

@@ -21,21 +21,26 @@ CLEAR = 2.0
 """dB above the public mean image from which reconstructions are clearly more than that."""
 
 
+MEAN_IMAGE = "the public mean image"
+MATCHED = "as many public images that are matched with the truth in the same way"
+
+
 @dataclass(frozen=True)
 class Standing:
     """PSNRs in dB of mean squared errors, all on the same images."""
 
     attack: float
     prior: float
-    """Of the public mean image."""
+    """Of the baseline: what anybody has without the update."""
     bound: float | None = None
     """None: no bound is known."""
     identified: bool = False
+    baseline: str = MEAN_IMAGE
     """The reconstructions point at their patients more often than chance."""
 
     @property
     def gain(self) -> float:
-        """dB of the attack above the public mean image."""
+        """dB of the attack above the baseline."""
         return self.attack - self.prior
 
 
@@ -53,7 +58,7 @@ def verdict(standing: Standing) -> str:
         extra = f". {_POINTING}" if standing.identified else ""
         return (
             "The update carries almost no image information beyond the prior: by the bound, no attack is expected to "
-            f"be more than {max(room, 0):.1f} dB better than the public mean image{extra}"
+            f"be more than {max(room, 0):.1f} dB better than {standing.baseline}{extra}"
         )
     if gap > FAR:
         so_far = _so_far(standing, ". Even so, " if standing.gain > 0 else ": ")
@@ -70,7 +75,7 @@ _POINTING = "Yet the reconstructions point at their patients more often than cha
 def _so_far(standing: Standing, start: str, what: str = "on average the images are") -> str:
     how = "better" if standing.gain > 0 else "worse"
     extra = ", and they point at their patients more often than chance" if standing.identified else ""
-    return f"{start}{what} {abs(standing.gain):.1f} dB {how} than the public mean image{extra}"
+    return f"{start}{what} {abs(standing.gain):.1f} dB {how} than {standing.baseline}{extra}"
 
 
 def _without_bound(standing: Standing) -> str:

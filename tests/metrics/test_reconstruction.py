@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from fedsec.findings import Reconstruction
 from fedsec.metrics.encoder import PublicEncoder
 from fedsec.metrics.image import nearest_public_psnr, psnr
+from fedsec.metrics.limits import beside_limits
 from fedsec.metrics.reconstruction import complete, summarise_reconstructions
 from fedsec.types import to_json
 
@@ -69,6 +70,7 @@ def test_every_key_of_the_specification():
     assert found["n_missing"] == found["n_surplus"] == 0
     assert len(found["images"]) == BATCHES * SIZE
     row = {"victim": 1, "psnr": 140.0, "missing": False, "ssim": pytest.approx(1), "rank": 1.0}
+    assert found["images"][5].pop("matched_public_psnr") < 15  # noise as the public images are
     assert found["images"][5] == row | {"prior_psnr": pytest.approx(float(psnr(prior[5:6], truth[5:6])))}
     json.dumps(to_json(found), allow_nan=False)
 
@@ -233,3 +235,22 @@ def test_contract_violations_are_named():
         )
     with pytest.raises(ValueError, match="test returned images of shape"):
         summarise([t[:, :, :6] for t in truths], truths, labels)
+
+
+def test_several_guesses_are_held_against_as_many_public_images() -> None:
+    """Nine guesses for one truth, matched with it, beat the mean image by luck alone."""
+    noise = torch.rand(200, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    public = torch.linspace(0.1, 0.9, 200)[:, None, None, None] + 0.05 * noise  # they differ in brightness
+    order = torch.from_numpy(rng().permutation(200))
+    truths = [public[order[i : i + 1]] for i in range(20)]
+    rest = public[order[20:]]
+    guesses = [Reconstruction(rest[i * 9 : i * 9 + 9], torch.zeros(9, dtype=torch.long), "luck") for i in range(20)]
+    labels = [torch.zeros(1, dtype=torch.long)] * 20
+    found = summarise_reconstructions(guesses, truths, labels, rest, generator=np.random.default_rng(1), draws=200)
+    assert found["psnr"].value > found["prior_psnr"].value + 1, "matching alone beats the mean"
+    assert abs(found["matched_public_psnr"].value - found["psnr"].value) < 2
+    text = beside_limits(found["images"], (), generator=np.random.default_rng(2))["verdict"]
+    assert text.startswith("Not shown to be private") and "matched with the truth in the same way" in text
+    one = [Reconstruction(g.images[:1], g.labels[:1], "luck") for g in guesses]
+    alone = summarise_reconstructions(one, truths, labels, rest, generator=np.random.default_rng(1), draws=200)
+    assert "matched_public_psnr" not in alone
