@@ -163,7 +163,10 @@ def meaning(cells: Sequence[Result]) -> list[str]:
             lines.append(f"{who}: labels were told in advance, which no server knows: no verdict on what it can do.")
             continue
         chance, rank = leakage.get("reid_chance"), leakage.get("reid_rank1", {}).get("value")
-        found = f" {rank:.0%} of the patients are re-identified (chance {chance:.1%})." if rank is not None else ""
+        luck = f"chance {chance:.1%}" if chance is not None else ""
+        if "reid_matched_rank1" in leakage:
+            luck += f"; public images matched in the same way {leakage['reid_matched_rank1']:.0%}"
+        found = f" {rank:.0%} of the patients are re-identified ({luck})." if rank is not None else ""
         lines.append(f"{defense_label(cell)} (seed {cell['seed']}): {leakage['verdict']}.{found}")
     return lines
 
