@@ -1,9 +1,8 @@
-"""Which per-sample engine a run uses: one private step of each on made-up images, once, before training starts."""
+"""Which per-sample engine a run uses: one private step on made-up images, before training starts."""
 
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable
 
 import torch
@@ -17,21 +16,18 @@ from .dp_engines import Engine, HeldOptimizer, zeros_for
 from .dp_step import ENGINES
 
 IMAGES = 8
-LEAD = 1.25
-"""Another engine replaces the first only where it is so much faster: equal ones would alternate from run to run, and
-with them the last digits of every result."""
 PATIENT_ENGINES = ("hooks", "microbatch", "vmap", "ghost")
 SAMPLE_ENGINES = ("ghost", "hooks", "microbatch", "vmap")
+"""In the order of speed that was measured (docs/privacy.md). The first that works is taken and none is timed: engines
+differ in the last digits, and a run must not depend on what else the machine was doing."""
 RECIPE = LocalRecipe("multiclass", 2, 0.1, momentum=0.0, weight_decay=0.0, batch_size=IMAGES, epochs=None, steps=1)
 """Cross-entropy of the first output: what a step costs does not depend on the task."""
-REMEMBERED: dict[tuple[object, ...], float] = {}
-"""Seconds by engine and architecture: a process asks once."""
 
 
 def choose(
     model: nn.Module, image_shape: tuple[int, int, int], units: int, repeated: bool, max_bytes: int
 ) -> tuple[str, str]:
-    """The fastest engine that works on this model within its memory, and a sentence on how it was found.
+    """The first engine that works on this model within its memory, and a sentence that names it.
 
     Args:
         model: prepared; it is copied.
@@ -43,28 +39,21 @@ def choose(
         ConfigError: no engine can take a private step of this model.
     """
     count = max(1, min(units, IMAGES))
-    seconds: dict[str, float] = {}
     problems: dict[str, str] = {}
-    signature = str(model), tuple(p.requires_grad for p in model.parameters()), image_shape, count, max_bytes
     for name in PATIENT_ENGINES if repeated else SAMPLE_ENGINES:
-        key = (name, *signature)
         try:
-            seconds[name] = REMEMBERED[key] if key in REMEMBERED else _time(model, name, image_shape, count, max_bytes)
-            REMEMBERED[key] = seconds[name]
+            _try(model, name, image_shape, count, max_bytes)
         except Exception as error:  # whatever a foreign architecture does wrong, another engine may do it right
             problems[name] = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if not seconds:
-        layer = "; ".join(f"{name}: {problem}" for name, problem in problems.items())
-        raise ConfigError(f"dp: no engine can take a private step of this model ({layer}); choose another model")
-    first = next(iter(seconds))
-    fastest = min(seconds, key=lambda n: seconds[n])
-    chosen = fastest if seconds[first] > LEAD * seconds[fastest] else first
-    without = f"; {', '.join(problems)} cannot work on this model" if problems else ""
-    return chosen, f"dp: gradients are clipped by engine={chosen}, the fastest in one private step{without}"
+            continue
+        without = f"; {', '.join(problems)} cannot work on this model within max_memory" if problems else ""
+        return name, f"dp: gradients are clipped by engine={name}{without}"
+    layer = "; ".join(f"{name}: {problem}" for name, problem in problems.items())
+    raise ConfigError(f"dp: no engine can take a private step of this model ({layer}); choose another model")
 
 
-def _time(model: nn.Module, name: str, image_shape: tuple[int, int, int], count: int, max_bytes: int) -> float:
-    """CPU seconds of one private step, after another that is checked.
+def _try(model: nn.Module, name: str, image_shape: tuple[int, int, int], count: int, max_bytes: int) -> None:
+    """Take one private step of a copy and check it.
 
     Raises:
         ConfigError: the step is not a private one: the sum is above its bound.
@@ -82,14 +71,6 @@ def _time(model: nn.Module, name: str, image_shape: tuple[int, int, int], count:
         norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(t.double()) for t in total]))
         if not norm <= count * (1 + 1e-5):
             raise ConfigError(f"{count} gradients clipped to 1 have a sum of norm {norm:g}")
-        start = time.process_time()
-        _clipped_sum(engine, x, y)
-        if device.type == "cuda":
-            start = time.perf_counter()
-            _clipped_sum(engine, x, y)
-            torch.cuda.synchronize(device)
-            return time.perf_counter() - start
-    return time.process_time() - start
 
 
 def _clipped_sum(engine: Engine, x: Tensor, y: Tensor) -> list[Tensor]:
