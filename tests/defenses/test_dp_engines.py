@@ -1,4 +1,4 @@
-"""All engines give the same clipped sum, hold the clip bound, and keep to their memory; the probe takes the first that works."""
+"""All engines give the same clipped sum, hold the clip bound and keep to their memory; the probe takes the first."""
 
 from __future__ import annotations
 
