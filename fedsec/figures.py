@@ -12,11 +12,9 @@ from torch import Tensor
 
 from fedsec import charts, checkpoint, plotting
 from fedsec.plugins import PluginSpec
-from fedsec.store import RunFolder
+from fedsec.store import BREAKDOWN, RunFolder
 from fedsec.tradeoff import UTILITY, Point, attack_label, changes_training, defense_label, points, setting, short
 
-BREAKDOWN = "breakdown.json"
-"""What a search of `fedsec.grid.breakdown` leaves in its run folder."""
 SHOWN = 8
 """Images in a row of the reconstruction wall."""
 

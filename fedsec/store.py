@@ -7,6 +7,7 @@ runs/<slug>-<hash8>/
   results.jsonl                          rebuilt from cells/
   ledger.jsonl                           every private release, rebuilt from artifacts/ledgers/, which are written ahead
   artifacts/<hash8>/                     reconstructions, model.safetensors
+  breakdown.json                         of a search for breakdown points: every pair of attack and rule
   figures/
 """
 
@@ -37,6 +38,10 @@ except ImportError:  # not a Unix
     fcntl = None  # type: ignore[assignment]
 
 PACKAGES = ("fedsec", "torch", "torchvision", "opacus", "numpy", "scipy", "scikit-learn", "torchmetrics")
+
+
+BREAKDOWN = "breakdown.json"
+"""What a search of `fedsec.grid.breakdown` leaves in its run folder."""
 
 
 class RunFolder:

@@ -17,13 +17,12 @@ import numpy as np
 
 from fedsec.config import Cell, expand
 from fedsec.errors import ConfigError
-from fedsec.figures import BREAKDOWN as FILE
 from fedsec.files import write_json
 from fedsec.grid.run import Plan, carry_out, plan_of, serial_by_default
 from fedsec.metrics.breakdown import DROP, auc_drop, breakdown, broken, next_to_try
 from fedsec.plugins import PluginSpec
 from fedsec.progress import Progress
-from fedsec.store import RunFolder
+from fedsec.store import BREAKDOWN, RunFolder
 from fedsec.types import Estimate
 
 if TYPE_CHECKING:
@@ -142,7 +141,7 @@ def search(
             result = carry_out(asked, folder, where, progress, left)
             _judge(tries, asked, result, judge)
             content = [s.to_json(threshold) for s in every]
-            write_json(folder.path / FILE, {"drop": threshold, "series": content})
+            write_json(folder.path / BREAKDOWN, {"drop": threshold, "series": content})
             if not tries or result["unfinished"]:
                 return {**result, "breakdown": content}
 

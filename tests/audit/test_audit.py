@@ -151,9 +151,7 @@ def test_a_browser_shows_the_page_without_a_complaint_or_a_request(
     assert "Claimed epsilon refuted" in done.stdout and done.stdout.count('class="curve"') >= 2
     assert "CONSOLE" not in done.stderr, done.stderr
     log = (tmp_path / "net.json").read_text()
-    assert "http://" not in log.partition('"events"')[2] or not _requested(log), (
-        "the page asked the network for something"
-    )
+    assert not _requested(log), "the page asked the network for something"
     shot = tmp_path / "page.png"
     chromium(page, tmp_path, f"--screenshot={shot}", "--window-size=1000,2600")
     from PIL import Image

@@ -12,8 +12,8 @@ from fedsec.cli.tables import breaking
 from fedsec.config import expand
 from fedsec.errors import ConfigError
 from fedsec.figures import draw
-from fedsec.grid.breakdown import FILE, search, series_of
-from fedsec.store import RunFolder
+from fedsec.grid.breakdown import search, series_of
+from fedsec.store import BREAKDOWN, RunFolder
 
 TABLES: dict[str, Any] = {
     "sweep": {"breakdown": {"drop": 0.05}},
@@ -36,7 +36,7 @@ def test_a_mean_breaks_at_once_and_the_search_resumes(tmp_path: Path) -> None:
     again = search(TABLES, out=tmp_path / "r", jobs=1)
     assert again["breakdown"] == found["breakdown"]
     assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "r" / "cells").glob("*.json")} == kept
-    assert json.loads((tmp_path / "r" / FILE).read_text())["series"] == found["breakdown"]
+    assert json.loads((tmp_path / "r" / BREAKDOWN).read_text())["series"] == found["breakdown"]
     names = {p.name for p in draw(tmp_path / "r")}
     assert {"breakdown.png", "breakdown.csv"} <= names and not any(n.startswith("tradeoff") for n in names)
     calm = [c for c in RunFolder.open(tmp_path / "r").results() if c["attack"] is None]
