@@ -9,7 +9,7 @@ from pydantic import Field
 
 from fedsec.attack import Attack
 
-from .settings import BatchStatistics, Malicious, MaliciousMethod, Method, Settings, SortBy
+from .settings import BatchStatistics, ClockKind, Malicious, MaliciousMethod, Method, Settings, SortBy
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -58,7 +58,14 @@ class GradInversion(Attack):
     split: Annotated[
         Literal["train", "test"], Field(description="victims among the clients' training images or unseen images")
     ] = "train"
-    budget_s: Annotated[float, Field(gt=0, description="CPU seconds for each victim batch")] = 6.0
+    budget_s: Annotated[float, Field(gt=0, description="seconds for each victim batch, on the clock below")] = 6.0
+    clock: Annotated[
+        ClockKind,
+        Field(description="cpu: CPU seconds; work: counted work worth about as much, so that reruns agree to the bit"),
+    ] = "cpu"
+    bound: Annotated[
+        bool, Field(description="the least error that noise allows, beside the attack's; some CPU seconds an image")
+    ] = True
     iterations: Annotated[int, Field(ge=1, description="steps of inverting_gradients at most")] = 2400
     tv: Annotated[float, Field(ge=0, description="total variation weight of inverting_gradients")] = 0.001
     mode: Annotated[
@@ -145,7 +152,14 @@ class GradInversion(Attack):
             return self._conclude_malicious(target, self._malicious)
         assert self.method != "imprint" and self.method != "fishing"
         settings = Settings(
-            self.method, self.restarts, self.iterations, self.tv, self.budget_s, self.bn, self.labels == "joint"
+            method=self.method,
+            restarts=self.restarts,
+            iterations=self.iterations,
+            tv=self.tv,
+            budget_s=self.budget_s,
+            bn=self.bn,
+            joint=self.labels == "joint",
+            clock=self.clock,
         )
         job = make_job(target, settings, mode=self.mode)
         oracle, adaptive = self.labels == "oracle", self.adaptive is not False
@@ -172,7 +186,7 @@ class GradInversion(Attack):
         from . import malicious
         from .stamp import stamp
 
-        settings = Settings("auto", self.restarts, self.iterations, self.tv, self.budget_s)
+        settings = Settings("auto", self.restarts, self.iterations, self.tv, self.budget_s, clock=self.clock)
         job = malicious.make_job(plan, target, settings, mode=self.mode)
         adaptive = self.adaptive is not False
         results = malicious.run_all(job, target, (True, False) if self.adaptive == "both" else (adaptive,))
@@ -185,7 +199,8 @@ class GradInversion(Attack):
 
     def limits(self, target: Target, truths: Sequence[tuple[Tensor, Tensor]]) -> Sequence[Limits]:
         """The Bayesian Cramér–Rao indicator and the rank indices of every view."""
-        if self._malicious is not None:  # its bounds would be those of the crafted model, which nobody defends
+        # A malicious server's bounds would be those of the crafted model, which nobody defends.
+        if not self.bound or self._malicious is not None:
             return ()
         from .limits import limits_of
 

@@ -13,9 +13,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .candidate import Candidate, Clock, NotApplicable
+from .candidate import Candidate, NotApplicable
 from .certificate import EXACT_DB, assess
 from .chain import Chain, find_chain
+from .clock import Clock
 from .deflation import Proof
 from .features import Features, recover_features, usable
 from .labels import Labels

@@ -41,7 +41,8 @@ from . import (
     unpooling,
 )
 from .attempt import Attempt
-from .candidate import Candidate, Clock
+from .candidate import Candidate
+from .clock import Clock, clocked
 from .label_check import check_labels, same_multiset
 from .labels import Labels, Source, guess_labels, recover_labels
 from .observation import Observation
@@ -91,6 +92,11 @@ def reconstruct(observation: Observation, settings: Settings, generator: torch.G
     Where the label counts turn out to contradict the images that were found under them, those that would agree are
     tried once.
     """
+    with clocked(settings.clock):
+        return _reconstruct(observation, settings, generator)
+
+
+def _reconstruct(observation: Observation, settings: Settings, generator: torch.Generator) -> Reconstruction:
     began = time.process_time()
     empty = _nothing_to_see(observation)
     labels = guess_labels(observation) if empty else _labels(observation, settings, generator)

@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.func import grad_and_value, vmap
 
 from .batch_statistics import Moments, Used, batch_norms, counts_of, distance, moments_of
-from .candidate import Candidate, Clock, NotApplicable
+from .candidate import Candidate, NotApplicable
+from .clock import Clock
 from .feature_inversion import Whitening
 from .objectives import cosine_distance, squared_error, total_variation
 from .observation import Observation

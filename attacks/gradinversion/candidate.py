@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -42,30 +41,3 @@ class Candidate:
     """The method's own test of every intermediate result passed."""
     iterations: int = 0
     notes: tuple[str, ...] = ()
-
-
-@dataclass
-class Clock:
-    """A budget of CPU seconds, counted from construction."""
-
-    budget: float
-    started: float = field(default_factory=time.process_time)
-
-    @property
-    def used(self) -> float:
-        """CPU seconds since the start."""
-        return time.process_time() - self.started
-
-    @property
-    def left(self) -> float:
-        """CPU seconds that remain, never negative."""
-        return max(0.0, self.budget - self.used)
-
-    @property
-    def fraction(self) -> float:
-        """Share of the budget that is used up, at most 1."""
-        return min(1.0, self.used / self.budget) if self.budget > 0 else 1.0
-
-    def share(self, fraction: float) -> Clock:
-        """A new clock with this fraction of what is left."""
-        return Clock(self.left * fraction)

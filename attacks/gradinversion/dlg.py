@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from . import lbfgs
-from .candidate import Candidate, Clock, NotApplicable
+from .candidate import Candidate, NotApplicable
+from .clock import Clock
 from .objectives import best_scale, squared_error
 from .observation import Observation
 from .starts import noise_start

@@ -5,7 +5,6 @@ From them an attack learns what a simulation with few components misses, and whe
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 from .approximation import ErrorModel, fit_error
+from .clock import now
 from .observation import Observation
 from .prior import Prior
 
@@ -93,15 +93,15 @@ def find_examples(observation: Observation, labels: Tensor, seconds: float) -> E
     if share is None or count < LEAST:
         return None
     shares_of(share, images[:8], named[:8])
-    began = time.process_time()
+    began = now()
     shares_of(share, images[:8], named[:8])
-    each = (time.process_time() - began) / 8
+    each = (now() - began) / 8
     count = min(count, int(seconds / max(each, 1e-9)))
     if count < LEAST:
         return None
-    began = time.process_time()
+    began = now()
     shares = shares_of(share, images[:count], named[:count])
-    return Examples(share, images[:count], named[:count], shares, (time.process_time() - began) / count)
+    return Examples(share, images[:count], named[:count], shares, (now() - began) / count)
 
 
 def _alike(prior: Prior, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import lbfgs
-from .candidate import Clock
+from .clock import Clock
 from .gauss_newton import derivatives
 from .prior import Prior
 

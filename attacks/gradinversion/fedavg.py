@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from . import gauss_newton
-from .candidate import Candidate, Clock, NotApplicable
+from .candidate import Candidate, NotApplicable
 from .cascade import cascade
+from .clock import Clock
 from .defect import corrected
 from .gauss_newton import jacobian
 from .local_training import copies, epochs, matched_order

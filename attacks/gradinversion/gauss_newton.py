@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import jvp, vmap
 
-from .candidate import Clock
+from .clock import Clock
 from .prior import Prior
 
 DAMPING = 1e-6

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.func import grad_and_value, vmap
 
-from .candidate import Candidate, Clock
+from .candidate import Candidate
+from .clock import Clock
 from .features import Features, feature_distance
 from .objectives import cosine_distance, total_variation
 from .observation import Observation

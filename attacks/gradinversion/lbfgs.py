@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .candidate import Clock
+from .clock import Clock
 
 RUNAWAY = 10.0
 """A value this many times the best one counts as divergence."""

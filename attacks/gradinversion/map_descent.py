@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.func import vmap
 
 from .approximation import ErrorModel, white_error
-from .candidate import Candidate, Clock, NotApplicable
+from .candidate import Candidate, NotApplicable
+from .clock import Clock
 from .curvature import Curvature, full_curvature, prior_curvature, shared_curvature
 from .examples import Examples, find_examples
 from .gauss_newton import derivatives

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .candidate import Candidate, Clock, NotApplicable
+from .candidate import Candidate, NotApplicable
+from .clock import Clock
 from .gauss_newton import Problem, Solution, jacobian, minimise, posterior_variance
 from .observation import Observation
 from .prior import Prior, widen

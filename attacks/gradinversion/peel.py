@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .candidate import Candidate, Clock, NotApplicable
+from .candidate import Candidate, NotApplicable
 from .certificate import EXACT_DB, TOLERANCE
+from .clock import Clock
 from .deflation import EXPLAINED, SIGNIFICANT, Deflation, Proof, prove, refine
 from .features import Features, feature_function
 from .labels import Labels

@@ -26,6 +26,10 @@ SortBy = Literal["mean", "gaussian", "cosine"]
 """What bins sort images by: mean pixel, a random direction, the first cosine mode from top to bottom."""
 
 
+ClockKind = Literal["cpu", "work"]
+"""What a budget is counted in: CPU seconds, or the work that would take them, which a rerun repeats to the bit."""
+
+
 @dataclass(frozen=True)
 class Malicious:
     """What a malicious server does."""
@@ -51,3 +55,4 @@ class Settings:
     bn: BatchStatistics = "auto"
     joint: bool = False
     """Optimise label logits along with the images."""
+    clock: ClockKind = "cpu"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .candidate import Clock
+from .clock import Clock
 
 DECREASE = 1e-4
 """Share of the predicted fall that a step must bring."""

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .candidate import Candidate, Clock, NotApplicable
+from .candidate import Candidate, NotApplicable
+from .clock import Clock
 from .deflation import Deflation, Proof, prove, refine
 from .features import feature_function
 from .peel import hand_in, peel, start

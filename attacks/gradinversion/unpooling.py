@@ -22,8 +22,9 @@ from .analytic import dense_input, refuse_mixtures
 from .batch_statistics import Moments, moments_of
 from .blocks import Block, find_blocks
 from .bn_prior import reference_of
-from .candidate import Candidate, Clock, NotApplicable
+from .candidate import Candidate, NotApplicable
 from .certificate import estimate_from_replay
+from .clock import Clock
 from .feature_inversion import Function, invert, spread_of
 from .features import Features, feature_function, recover_features
 from .observation import Observation

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import lbfgs
-from .candidate import Clock
+from .clock import Clock
 from .curvature import Curvature, full_curvature, prior_curvature
 from .prior import Prior
 

@@ -20,7 +20,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from fedsec.attacks.gradinversion.candidate import Clock, NotApplicable
+from fedsec.attacks.gradinversion.candidate import NotApplicable
+from fedsec.attacks.gradinversion.clock import Clock
 from fedsec.attacks.gradinversion.deflation import Proof
 from fedsec.attacks.gradinversion.observation import Observation, observe
 from fedsec.attacks.gradinversion.peel import peel

@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 import torch
 from fedsec.attacks.gradinversion import inverting_gradients as method
-from fedsec.attacks.gradinversion.candidate import Clock
+from fedsec.attacks.gradinversion.clock import Clock
 from fedsec.attacks.gradinversion.starts import noise_start
 from torch import nn
 

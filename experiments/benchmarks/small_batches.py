@@ -22,8 +22,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from fedsec.attacks.gradinversion.candidate import Candidate, Clock
+from fedsec.attacks.gradinversion.candidate import Candidate
 from fedsec.attacks.gradinversion.certificate import assess
+from fedsec.attacks.gradinversion.clock import Clock
 from fedsec.attacks.gradinversion.map_descent import map_descent
 from fedsec.attacks.gradinversion.observation import Observation
 from fedsec.attacks.gradinversion.prior import Prior

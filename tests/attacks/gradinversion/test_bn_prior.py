@@ -9,7 +9,7 @@ import torch
 from fedsec.attacks.gradinversion import bn_prior as module
 from fedsec.attacks.gradinversion.auto import reconstruct
 from fedsec.attacks.gradinversion.bn_prior import Terms, align, bn_prior, objective, rate, reference_of, slack_of
-from fedsec.attacks.gradinversion.candidate import Clock
+from fedsec.attacks.gradinversion.clock import Clock
 from fedsec.attacks.gradinversion.feature_inversion import Whitening
 from fedsec.attacks.gradinversion.observation import Observation, observe
 from fedsec.attacks.gradinversion.prior import fit_prior

@@ -9,7 +9,8 @@ import pytest
 import torch
 from fedsec.attacks.gradinversion import bound as module
 from fedsec.attacks.gradinversion.bound import bound, fisher_weights, information, jacobian_rank, scaled, van_trees
-from fedsec.attacks.gradinversion.candidate import Clock, NotApplicable
+from fedsec.attacks.gradinversion.candidate import NotApplicable
+from fedsec.attacks.gradinversion.clock import Clock
 from fedsec.attacks.gradinversion.gauss_newton import Problem, minimise
 from fedsec.attacks.gradinversion.limits import limits_of
 from fedsec.attacks.gradinversion.observation import Observation, observe, rounding

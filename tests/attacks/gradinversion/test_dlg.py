@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from fedsec.attacks.gradinversion import lbfgs
-from fedsec.attacks.gradinversion.candidate import Candidate, Clock, NotApplicable
+from fedsec.attacks.gradinversion.candidate import Candidate, NotApplicable
 from fedsec.attacks.gradinversion.certificate import assess
+from fedsec.attacks.gradinversion.clock import Clock
 from fedsec.attacks.gradinversion.dlg import dlg
 from fedsec.attacks.gradinversion.observation import observe
 from fedsec.attacks.gradinversion.prior import Prior, fit_prior

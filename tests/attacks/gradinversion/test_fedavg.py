@@ -10,10 +10,11 @@ import pytest
 import torch
 from fedsec.attacks.gradinversion import GradInversion
 from fedsec.attacks.gradinversion.auto import reconstruct
-from fedsec.attacks.gradinversion.candidate import Clock, NotApplicable
+from fedsec.attacks.gradinversion.candidate import NotApplicable
 from fedsec.attacks.gradinversion.cascade import cascade
 from fedsec.attacks.gradinversion.certificate import assess
 from fedsec.attacks.gradinversion.chain import find_chain
+from fedsec.attacks.gradinversion.clock import Clock
 from fedsec.attacks.gradinversion.defect import corrected
 from fedsec.attacks.gradinversion.fedavg import alike, check_applicable, fedavg
 from fedsec.attacks.gradinversion.local_training import copies, distinct_orders, fixed_order, matched_order

@@ -10,7 +10,8 @@ import torch
 from fedsec.attacks.gradinversion import gauss_newton
 from fedsec.attacks.gradinversion import map_gauss_newton as module
 from fedsec.attacks.gradinversion.bound import bound
-from fedsec.attacks.gradinversion.candidate import Clock, NotApplicable
+from fedsec.attacks.gradinversion.candidate import NotApplicable
+from fedsec.attacks.gradinversion.clock import Clock
 from fedsec.attacks.gradinversion.gauss_newton import Problem, jacobian, minimise
 from fedsec.attacks.gradinversion.map_descent import map_descent
 from fedsec.attacks.gradinversion.map_gauss_newton import map_gauss_newton, schedule

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from fedsec.attacks.gradinversion import inverting_gradients as module
-from fedsec.attacks.gradinversion.candidate import Clock
+from fedsec.attacks.gradinversion.clock import Clock
 from fedsec.attacks.gradinversion.features import recover_features
 from fedsec.attacks.gradinversion.inverting_gradients import Terms, inverting_gradients, objective
 from fedsec.attacks.gradinversion.objectives import best_scale, cosine_distance, squared_error, total_variation

@@ -11,7 +11,8 @@ import torch
 from fedsec.attacks.gradinversion import GradInversion, label_rehearsal
 from fedsec.attacks.gradinversion.attempt import Attempt
 from fedsec.attacks.gradinversion.auto import reconstruct
-from fedsec.attacks.gradinversion.candidate import Candidate, Clock
+from fedsec.attacks.gradinversion.candidate import Candidate
+from fedsec.attacks.gradinversion.clock import Clock
 from fedsec.attacks.gradinversion.label_check import check_labels, deviation, implied_counts, same_multiset
 from fedsec.attacks.gradinversion.label_counts import Moments, credible_counts, log_posterior
 from fedsec.attacks.gradinversion.label_evidence import bias_evidence, exposure

@@ -9,7 +9,7 @@ import pytest
 import torch
 from fedsec.attacks.gradinversion import map_descent as module
 from fedsec.attacks.gradinversion.approximation import ErrorModel, fit_error, white_error
-from fedsec.attacks.gradinversion.candidate import Clock
+from fedsec.attacks.gradinversion.clock import Clock
 from fedsec.attacks.gradinversion.curvature import full_curvature, prior_curvature, shared_curvature
 from fedsec.attacks.gradinversion.examples import find_examples, share_of
 from fedsec.attacks.gradinversion.map_descent import map_descent

@@ -8,10 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 from fedsec.attacks.gradinversion import auto, deflation
-from fedsec.attacks.gradinversion.candidate import Candidate, Clock, NotApplicable
+from fedsec.attacks.gradinversion.candidate import Candidate, NotApplicable
 from fedsec.attacks.gradinversion.cascade import cascade
 from fedsec.attacks.gradinversion.certificate import assess
 from fedsec.attacks.gradinversion.chain import find_chain
+from fedsec.attacks.gradinversion.clock import Clock
 from fedsec.attacks.gradinversion.deflation import Deflation, Proof, prove, settle
 from fedsec.attacks.gradinversion.labels import recover_labels
 from fedsec.attacks.gradinversion.observation import Observation

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from fedsec.attacks.gradinversion import spear as module
-from fedsec.attacks.gradinversion.candidate import Clock, NotApplicable
+from fedsec.attacks.gradinversion.candidate import NotApplicable
 from fedsec.attacks.gradinversion.certificate import assess
+from fedsec.attacks.gradinversion.clock import Clock
 from fedsec.attacks.gradinversion.deflation import Proof
 from fedsec.attacks.gradinversion.observation import Observation
 from fedsec.attacks.gradinversion.peel import candidate_of, peel

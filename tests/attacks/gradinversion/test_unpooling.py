@@ -8,8 +8,9 @@ import pytest
 import torch
 from fedsec.attacks.gradinversion.auto import reconstruct
 from fedsec.attacks.gradinversion.blocks import find_blocks
-from fedsec.attacks.gradinversion.candidate import Clock, NotApplicable
+from fedsec.attacks.gradinversion.candidate import NotApplicable
 from fedsec.attacks.gradinversion.certificate import assess
+from fedsec.attacks.gradinversion.clock import Clock
 from fedsec.attacks.gradinversion.conv_solve import Geometry
 from fedsec.attacks.gradinversion.feature_inversion import Whitening, conditioner, curvature, invert
 from fedsec.attacks.gradinversion.observation import Observation, observe
