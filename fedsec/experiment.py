@@ -207,8 +207,7 @@ def open_stage(
     rounds = {*(rounds_of(plan, cell.federation.rounds) if plan else ()), *keep}
     stages = {} if stages is None else stages
     key = training_key(cell, attack)
-    asked = attack.candidates() if attack else None
-    watched = asked is not None and asked.history
+    watched = wants_history(cell)
     recorded = (artifacts / key / history.FILE).is_file() or not watched
     if key in stages and rounds <= stages[key].training.snapshots.keys() and recorded:
         return stages[key]
@@ -322,6 +321,13 @@ def failures(training: Training) -> dict[str, dict[str, str]]:
 def training_key_of(cell: Cell) -> str:
     """The content hash of the training that a cell stands on."""
     return training_key(cell, build_stack(cell)[1])
+
+
+def wants_history(cell: Cell) -> bool:
+    """The cell's attack reads every update of the training that it stands on."""
+    attack = build_stack(cell)[1]
+    asked = attack.candidates() if attack else None
+    return asked is not None and asked.history
 
 
 def shared_rounds(cells: Sequence[Cell]) -> dict[str, tuple[int, ...]]:

@@ -19,11 +19,11 @@ from torch.utils.flop_counter import flop_registry
 
 from .settings import ClockKind
 
-# Seconds that a core of a common server of 2024 takes, fitted to three attacks (LeNet, a small CNN, ResNet-18): good to
-# a factor of two or so, which a budget can bear. Counting itself costs some 10 µs an operation.
-PER_OPERATION = 5e-6
-PER_FLOP = 2.5e-11
-PER_ENTRY = 1e-10
+# Seconds that a core of a common server of 2024 takes with counting, which costs some 10 µs an operation: fitted to
+# attacks on LeNet, a small CNN and ResNet-18, good to a factor of two or so, which a budget can bear.
+PER_OPERATION = 1.5e-5
+PER_FLOP = 5e-11
+PER_ENTRY = 2e-10
 PER_READING = 1e-6
 """So that a loop without tensors comes to its end, too."""
 

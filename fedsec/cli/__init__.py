@@ -20,6 +20,7 @@ COMMANDS = {
     "audit": "Audit a trained model: membership, claimed epsilon, inversion, attributes.",
     "plot": "Draw the figures of finished runs.",
     "report": "One self-contained HTML page over finished runs.",
+    "track": "Hand finished cells on to TensorBoard or MLflow.",
     "show": "Print the results of a finished run.",
     "list": "List attacks, defenses, datasets, models or strategies.",
     "data": "Get public data sets, and check your own.",

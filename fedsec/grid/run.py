@@ -35,6 +35,8 @@ class Plan:
     tables: Mapping[str, Any]
     jobs: int
     finished: dict[str, dict[str, Any]] = field(default_factory=dict)
+    watching: frozenset[str] = frozenset()
+    """Ids of the cells whose attack reads all updates of its training."""
 
     @property
     def open(self) -> list[Cell]:
@@ -43,7 +45,7 @@ class Plan:
 
     def schedule(self) -> Schedule:
         """Who is still to be computed."""
-        return Schedule(self.open, self.training_of, self.keep)
+        return Schedule(self.open, self.training_of, self.keep, self.watching)
 
     def clock(self) -> Clock:
         """What the finished cells took."""
@@ -144,7 +146,7 @@ def plan_of(
     asked_cells: Sequence[Cell], tables: Mapping[str, Any], out: Path | None, jobs: int | None, name: str | None = None
 ) -> Plan:
     """As `plan`, of cells that need not be resolved."""
-    from fedsec.experiment import shared_rounds, training_key_of
+    from fedsec.experiment import shared_rounds, training_key_of, wants_history
     from fedsec.federation.assemble import resolve
 
     cells = [resolve(cell) for cell in asked_cells]
@@ -155,7 +157,8 @@ def plan_of(
         raise ConfigError("engine=processes starts a process a core in each job; leave engine out, or use --jobs 1")
     training_of = {c.key(): training_key_of(c) for c in cells}
     folder = out or default_folder(cells, name=name)
-    result = Plan(cells, training_of, shared_rounds(cells), folder, tables, count)
+    watching = frozenset(c.key() for c in cells if wants_history(c))
+    result = Plan(cells, training_of, shared_rounds(cells), folder, tables, count, watching=watching)
     if (folder / "cells").is_dir():
         opened = RunFolder.open(folder)
         result.finished = {c.key(): done for c in cells if (done := opened.finished(c.key())) is not None}

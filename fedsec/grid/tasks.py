@@ -21,7 +21,7 @@ class Task:
     training: str
     """Content hash of the training."""
     cell: Cell
-    """The cell; of a training any that stands on it."""
+    """The cell; of a training one that stands on it, and that wants all its updates where any does."""
     keep: tuple[int, ...] = ()
     """Rounds whose model the attacks on this training want to see."""
 
@@ -40,10 +40,15 @@ class Schedule:
         cells: those to compute, in the order in which they were asked.
         training_of: cell id -> content hash of its training.
         keep: training -> rounds to keep.
+        watching: ids of the cells whose attack reads all updates of the training, which are recorded only on demand.
     """
 
     def __init__(
-        self, cells: Sequence[Cell], training_of: Mapping[str, str], keep: Mapping[str, tuple[int, ...]]
+        self,
+        cells: Sequence[Cell],
+        training_of: Mapping[str, str],
+        keep: Mapping[str, tuple[int, ...]],
+        watching: frozenset[str] = frozenset(),
     ) -> None:
         self.waiting: dict[str, list[Task]] = {}
         self.ready: dict[str, list[Task]] = {}
@@ -52,7 +57,9 @@ class Schedule:
             key = training_of[cell.key()]
             if key not in self.waiting:
                 self.waiting[key] = []
-                self.untrained.append(Task("train", key, cell, keep.get(key, ())))
+                group = [c for c in cells if training_of[c.key()] == key]
+                asking = next((c for c in group if c.key() in watching), cell)
+                self.untrained.append(Task("train", key, asking, keep.get(key, ())))
             self.waiting[key].append(Task("cell", key, cell, keep.get(key, ())))
 
     def next(self, held: str | None = None) -> Task | None:

@@ -50,7 +50,7 @@
   function detail(c) {
     const list = make("dl");
     const lines = [["defense", name(c)], ["attack", c.attack], ["data", `${c.dataset}, ${c.model}`], ["seed", c.seed], ["test AUC", interval(c.utility)],
-      ["worst site", interval(c.worst)], [c.measure || "leakage", c.leakage ? interval(c.leakage) : "–"], ...c.baselines, ["ε", number(c.epsilon)],
+      ["worst site", interval(c.worst)], [c.measure || "leakage or damage", c.leakage ? interval(c.leakage) : "–"], ...c.baselines, ["ε", number(c.epsilon)],
       ["training", `${number(c.seconds)} s`], ["cell", c.id], ["run", c.run]];
     for (const [key, value] of lines) {
       const row = make("div");
@@ -64,11 +64,11 @@
     const svg = el("plot"), box = { left: 58, right: 500, top: 16, bottom: 356 };
     svg.replaceChildren();
     if (!rows.length) { svg.append(make("text", { x: 60, y: 60 }, "No cell with this filter has a leakage and a utility.")); return; }
-    const xs = rows.flatMap((c) => [c.leakage[0], ...c.baselines.map((b) => b[1])]), ys = rows.map((c) => c.utility[0]);
+    const barred = rows.length <= 150, ends = (e) => (barred ? e.filter((x) => x !== null) : [e[0]]);
+    const xs = rows.flatMap((c) => [...ends(c.leakage), ...c.baselines.map((b) => b[1])]), ys = rows.flatMap((c) => ends(c.utility));
     const range = (values) => { const low = Math.min(...values), high = Math.max(...values), pad = 0.08 * (high - low) || 0.05 * Math.abs(high) || 0.1; return [low - pad, high + pad]; };
     const [x0, x1] = range(xs), [y0, y1] = range(ys);
     const sx = scale(x0, x1, box.left, box.right), sy = scale(y0, y1, box.bottom, box.top);
-    const clip = (value, low, high) => Math.min(high, Math.max(low, value));
     for (const x of ticks(x0, x1)) svg.append(make("line", { class: "grid", x1: sx(x), x2: sx(x), y1: box.top, y2: box.bottom }), make("text", { x: sx(x), y: box.bottom + 16, "text-anchor": "middle" }, number(x)));
     for (const y of ticks(y0, y1)) svg.append(make("line", { class: "grid", x1: box.left, x2: box.right, y1: sy(y), y2: sy(y) }), make("text", { x: box.left - 6, y: sy(y) + 4, "text-anchor": "end" }, number(y)));
     svg.append(make("text", { x: (box.left + box.right) / 2, y: 392, "text-anchor": "middle" }, rows[0].measure), make("text", { x: 14, y: 186, "text-anchor": "middle", transform: "rotate(-90 14 186)" }, "test AUC"));
@@ -78,9 +78,9 @@
     svg.append(bars);
     for (const c of rows) {
       const x = sx(c.leakage[0]), y = sy(c.utility[0]), k = families.indexOf(family(c));
-      if (rows.length <= 150) {
-        if (c.leakage[1] !== null) bars.append(make("line", { class: "bar", x1: sx(clip(c.leakage[1], x0, x1)), x2: sx(clip(c.leakage[2], x0, x1)), y1: y, y2: y }));
-        if (c.utility[1] !== null) bars.append(make("line", { class: "bar", x1: x, x2: x, y1: sy(clip(c.utility[1], y0, y1)), y2: sy(clip(c.utility[2], y0, y1)) }));
+      if (barred) {
+        if (c.leakage[1] !== null) bars.append(make("line", { class: "bar", x1: sx(c.leakage[1]), x2: sx(c.leakage[2]), y1: y, y2: y }));
+        if (c.utility[1] !== null) bars.append(make("line", { class: "bar", x1: x, x2: x, y1: sy(c.utility[1]), y2: sy(c.utility[2]) }));
       }
       const point = make("path", { class: "point", d: shapes[k % shapes.length](x, y), fill: colours[k % colours.length], tabindex: 0, role: "img", "aria-label": say(c), "data-id": c.id });
       point.append(make("title", {}, say(c)));
@@ -95,7 +95,7 @@
   }
 
   const columns = [["cell", (c) => c.id], ["data", (c) => c.dataset], ["model", (c) => c.model], ["attack", (c) => c.attack], ["defense", name], ["seed", (c) => c.seed],
-    ["test AUC", (c) => interval(c.utility), (c) => c.utility?.[0]], ["leakage", (c) => (c.leakage ? interval(c.leakage) : "–"), (c) => c.leakage?.[0]], ["measure", (c) => c.measure], ["ε", (c) => number(c.epsilon), (c) => c.epsilon]];
+    ["test AUC", (c) => interval(c.utility), (c) => c.utility?.[0]], ["leakage or damage", (c) => (c.leakage ? interval(c.leakage) : "–"), (c) => c.leakage?.[0]], ["measure", (c) => c.measure], ["ε", (c) => number(c.epsilon), (c) => c.epsilon]];
   function table(rows) {
     const body = document.createDocumentFragment();
     for (const c of rows) {

@@ -80,3 +80,11 @@ def test_without_a_finished_cell_nothing_is_claimed() -> None:
     assert Clock().remaining([Task("train", "t", cell(0))], 2).seconds is None
     assert "no estimate yet" in str(Clock().remaining([Task("train", "t", cell(0))], 2))
     assert [in_words(s) for s in (40, 600, 7200)] == ["40 s", "10 min", "2.0 h"]
+
+
+def test_a_training_is_told_of_the_cell_that_wants_all_its_updates() -> None:
+    """Else it is done a second time, with them recorded."""
+    cells = [cell(0, "gradinversion"), cell(0, "membership:federated=true")]
+    plan = Schedule(cells, {c.key(): "train-0" for c in cells}, {}, frozenset({cells[1].key()}))
+    first = plan.next()
+    assert first is not None and first.cell == cells[1]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from fedsec.attacks.gradinversion.auto import reconstruct
-from fedsec.attacks.gradinversion.clock import PER_OPERATION, Clock, clocked, now
+from fedsec.attacks.gradinversion.clock import PER_FLOP, PER_OPERATION, Clock, clocked, now
 from fedsec.attacks.gradinversion.prior import Prior
 from fedsec.attacks.gradinversion.settings import Settings
 
@@ -38,7 +38,7 @@ class TestWork:
     def test_grows_with_the_flops(self) -> None:
         small, large = work_of(64), work_of(640)
         assert small > PER_OPERATION
-        assert large - small > 0.5 * 2.5e-11 * 2 * (640**3 - 64**3)
+        assert large - small > 0.5 * PER_FLOP * 2 * (640**3 - 64**3)
 
     def test_a_factorisation_is_not_free(self) -> None:
         a = torch.eye(200, dtype=torch.float64)
@@ -66,11 +66,11 @@ class TestWork:
         assert clock.left == 0.0
 
 
-@pytest.mark.parametrize("method", ["inverting_gradients", "auto"])
+@pytest.mark.parametrize("method", ["inverting_gradients", "dlg"])
 def test_a_search_that_its_budget_cuts_off_gives_the_same_images_again(blob_prior: Prior, method: Any) -> None:
     """With CPU seconds it would stop at another step."""
     model, data = cases.lenet(shape=(1, 16, 16)), cases.blobs(3, seed=1)
-    settings = Settings(method, budget_s=0.4, clock="work")
+    settings = Settings(method, budget_s=0.5, clock="work")
     found = []
     for _ in range(2):
         observation = cases.observation_of(model, data.images, data.labels, blob_prior)
