@@ -189,12 +189,13 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", default="", help="comma-separated parts of row names")
     parser.add_argument("--method", default="map_gauss_newton", help="of both attackers; auto for sums and precode")
     parser.add_argument("--budget", type=float, default=30.0, help="CPU seconds for each victim and attacker")
+    parser.add_argument("--clock", choices=("cpu", "work"), default="cpu", help="work: counted, for a busy machine")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     args = parser.parse_args(words)
     prepare_for_small_networks()
     data = victims.load("pneumoniamnist")
     victims.check("lenet", data)
-    attack = GradInversion(method=args.method, adaptive="both", budget_s=args.budget)
+    attack = GradInversion(method=args.method, adaptive="both", budget_s=args.budget, clock=args.clock)
     wanted = [part for part in args.only.split(",") if part]
     results: list[dict[str, Any]] = []
     for state in ("untrained", "trained") if args.state == "both" else (args.state,):

@@ -109,7 +109,9 @@ def run(words: argparse.Namespace) -> Iterator[Row]:
     for batch in (int(b) for b in words.batches.split(",")):
         for mode in MODES:
             for bn in TERMS:
-                settings = Settings(method=words.method, restarts=words.restarts, budget_s=words.budget, bn=bn)
+                settings = Settings(
+                    method=words.method, restarts=words.restarts, budget_s=words.budget, bn=bn, clock=words.clock
+                )
                 yield attack(model, data, prior, batch, mode, bn, settings)
 
 
@@ -133,6 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--method", default="bn_prior", choices=tuple(METHODS), type=lambda m: cast(Method, m))
     parser.add_argument("--restarts", type=int, default=1)
     parser.add_argument("--budget", type=float, default=8.0, help="CPU seconds an attack")
+    parser.add_argument("--clock", choices=("cpu", "work"), default="cpu", help="work: counted, for a busy machine")
     parser.add_argument("--json", action="store_true", help="the result alone, machine-readable")
     words = parser.parse_args(arguments)
     prepare_for_small_networks()

@@ -14,7 +14,7 @@ import torch
 from fedsec.attacks.gradinversion.auto import METHODS, reconstruct
 from fedsec.attacks.gradinversion.observation import observe
 from fedsec.attacks.gradinversion.prior import Prior
-from fedsec.attacks.gradinversion.settings import Method, Settings
+from fedsec.attacks.gradinversion.settings import ClockKind, Method, Settings
 from torch import Tensor, nn
 
 from fedsec.metrics.image import nearest_public_psnr, ssim
@@ -32,6 +32,7 @@ NAMED = {
     "kermany64": ("inverting_gradients",),
     "mlp": ("peel", "spear"),
     "convnet": ("bn_prior", "inverting_gradients"),
+    "convnet64": ("bn_prior",),
 }
 """Our methods beside `auto`; those that this version does not have are left out."""
 
@@ -48,6 +49,8 @@ class Ring:
     model: nn.Module
     told: bool
     budget_s: float
+    clock: ClockKind = "cpu"
+    """`work`: our budgets are counted work, the same however busy the machine is."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ def ours(method: str, ring: Ring, victim: victims.Victim, seed: int, budget_s: f
     recorder = Recorder(tuple(victim.images.shape))
     shape = cast("tuple[int, int, int]", tuple(victim.images.shape[1:]))
     observation = tracing.recorded(observe(victim.view, ring.model, ring.prior, shape), recorder)
-    settings = Settings(method=cast(Method, method), budget_s=budget_s)
+    settings = Settings(method=cast(Method, method), budget_s=budget_s, clock=ring.clock)
     done = reconstruct(observation, settings, torch.Generator().manual_seed(seed + 1))
     seconds = recorder.seconds
     source = "told" if ring.told else done.label_source
@@ -215,6 +218,7 @@ def rings(
     states: Sequence[str],
     told: bool,
     budget_s: float,
+    clock: ClockKind = "cpu",
     keep: Path | None,
     say: Callable[[str], None],
 ) -> Iterator[Ring]:
@@ -238,4 +242,4 @@ def rings(
                 say(f"{name}: loss {loss:.6f}, gradient norm {norm:.6g}: as specified")
         for state in states:
             model = victims.build(case, data, trained=state == "trained", keep=keep)
-            yield Ring(case, state, data, prior, model, told, budget_s)
+            yield Ring(case, state, data, prior, model, told, budget_s, clock)

@@ -73,6 +73,9 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=4, help="attacked images of each case, in batches of its size")
     parser.add_argument("--seeds", type=int, default=1, help="attack seeds, from 0")
     parser.add_argument("--budget", type=float, default=20.0, help="CPU seconds for one victim batch and contender")
+    parser.add_argument(
+        "--clock", choices=("cpu", "work"), default="cpu", help="ours stop by; work: counted, for a busy machine"
+    )
     parser.add_argument("--methods", help="ours, comma-separated; default: auto and those that suit the network")
     parser.add_argument("--labels", choices=("recovered", "told"), default="recovered")
     parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True)
@@ -94,6 +97,7 @@ def measure(arguments: argparse.Namespace, peers: bool, say: Any) -> list[dict[s
         states=arguments.states.split(","),
         told=told,
         budget_s=arguments.budget,
+        clock=arguments.clock,
         keep=arguments.keep,
         say=say,
     )

@@ -25,7 +25,7 @@ from fedsec.types import LocalRecipe, ServerView
 from tests.attacks.gradinversion import cases
 
 ALIASES = {"noise": ("lenet-b1@0.1", "lenet-b1@1")}
-PATTERN = re.compile(r"(lenet|mlp|convnet|kermany64)-b([1-9]\d?)(?:@([\d.]+))?")
+PATTERN = re.compile(r"(lenet|mlp|convnet64|convnet|kermany64)-b([1-9]\d?)(?:@([\d.]+))?")
 RECIPE: LocalRecipe = cases.recipe()
 CHECKS = {
     "lenet-b1": (4.274429, 28.4391),
@@ -77,14 +77,14 @@ class Case:
         """
         found = PATTERN.fullmatch(text)
         if not found or int(found[2]) > len(cases.L32):
-            known = f"NETWORK-bB[@NOISE] with lenet, mlp, convnet or kermany64 and B up to {len(cases.L32)}, or noise"
+            known = f"NETWORK-bB[@NOISE] with lenet, mlp, convnet, kermany64 or convnet64 and B up to {len(cases.L32)}, or noise"
             raise ValueError(f"{text}: no such case; write {known}")
         return cls(text, found[1], int(found[2]), float(found[3] or 0))
 
     @property
     def data(self) -> str:
         """The data set behind the case."""
-        return "kermany_64" if self.network == "kermany64" else "pneumoniamnist"
+        return "kermany_64" if self.network.endswith("64") else "pneumoniamnist"
 
 
 @dataclass(frozen=True)
@@ -135,9 +135,10 @@ def load(name: str) -> XRays:
 
 
 def rows_of(case: Case, data: XRays, victims: int) -> list[tuple[int, ...]]:
-    """The image rows of each victim batch: E20 alone, N12 under noise, L32 in batches."""
+    """The image rows of each victim batch: E20 alone, N12 under noise (E20 for more than 12), L32 in batches."""
     if case.data == "pneumoniamnist":
-        lists = cases.L32 if case.batch > 1 else cases.N12 if case.noise else cases.E20
+        few = bool(case.noise) and victims <= len(cases.N12)
+        lists = cases.L32 if case.batch > 1 else cases.N12 if few else cases.E20
     else:
         lists = list(data.attacked)
     whole = len(lists) // case.batch
@@ -151,6 +152,7 @@ def build(case: Case, data: XRays, *, trained: bool, keep: Path | None = None) -
         "mlp": cases.mlp,
         "convnet": cases.convnet,
         "kermany64": partial(cases.lenet, shape=tuple(data.images.shape[1:])),  # type: ignore[arg-type]
+        "convnet64": partial(cases.convnet, side=data.images.shape[-1]),
     }
     model = makers[case.network]()
     for name, value in (("mean", data.mean), ("std", data.std)):
