@@ -77,7 +77,8 @@ class Case:
         """
         found = PATTERN.fullmatch(text)
         if not found or int(found[2]) > len(cases.L32):
-            known = f"NETWORK-bB[@NOISE] with lenet, mlp, convnet, kermany64 or convnet64 and B up to {len(cases.L32)}, or noise"
+            networks = "lenet, mlp, convnet, kermany64 or convnet64"
+            known = f"NETWORK-bB[@NOISE] with {networks} and B up to {len(cases.L32)}, or noise"
             raise ValueError(f"{text}: no such case; write {known}")
         return cls(text, found[1], int(found[2]), float(found[3] or 0))
 
