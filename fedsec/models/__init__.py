@@ -53,4 +53,5 @@ def build(
     with torch.random.fork_rng(devices=[]):
         # torch.manual_seed would also reseed the CUDA generators, which fork_rng does not restore here.
         torch.default_generator.manual_seed(seed)
-        return Normalised(factory(num_classes, in_channels, image_size, norm=norm, **options))
+        net = factory(num_classes, in_channels, image_size, norm=norm, **options)
+        return Normalised(net, *net.normalisation)
