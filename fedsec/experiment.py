@@ -139,6 +139,7 @@ def run_cell(
         "dataset": federation.dataset.name,
         "data_fingerprint": federation.dataset.fingerprint,
         "model": cell.model.name,
+        "topology": cell.federation.topology,
         "strategy": cell.federation.strategy,
         "engine": cell.federation.engine,
         "seed": cell.seed,

@@ -180,7 +180,7 @@ def privacy_spent(federation: Federation, budget: Budget) -> dict[str, Any]:
     if claim is None:
         return {}
     result = asdict(claim)
-    result["per_client"] = {federation.partition.names[k]: e for k, e in claim.per_client.items()}
+    result["per_client"] = {federation.owners[k]: e for k, e in claim.per_client.items()}
     return result
 
 

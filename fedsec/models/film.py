@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 PROTOCOL_LENGTH = 7
 """Views, bins, pixel pitch, detector pitch, source and detector distance, photons (Yang et al. 2022)."""
+REFERENCE_PROTOCOL = (0.6667, 0.3594, 1.0333, 1.7858, 1.1125, 0.8515, 0.3997)
+"""Of the first scanner of Yang et al. 2022. A vector of zeros would keep a hypernetwork from learning."""
 HIDDEN = (256, 512)
 
 FilmInit = Literal["identity", "reference"]

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from fedsec.errors import ConfigError
 from fedsec.models.base import Backbone, InputSize
-from fedsec.models.film import PROTOCOL_LENGTH, Film, FilmInit, HyperNetwork
+from fedsec.models.film import REFERENCE_PROTOCOL, Film, FilmInit, HyperNetwork
 
 GRID = 8
 CONV_STD = 0.01
@@ -38,6 +38,8 @@ class Restorer(Backbone):
     normalisation: ClassVar[tuple[float, float]] = (0.0, 1.0)
     """Residual sums and the last ReLU mean intensities, not standardised values."""
     protocol: Tensor
+    """(7,) of the hospital that this copy of the model stands at. No buffer: it is neither sent, averaged nor noised, and
+    whoever trains sets it."""
 
     def __init__(
         self,
@@ -54,15 +56,14 @@ class Restorer(Backbone):
         self.input = smallest
         self.embed_dim = in_channels * GRID * GRID
         self.hyper = None if film is None else HyperNetwork(film, init=init, dropout=dropout)
-        if self.hyper is not None:
-            self.register_buffer("protocol", torch.zeros(PROTOCOL_LENGTH))
+        self.protocol = torch.tensor(REFERENCE_PROTOCOL)
         self.fc = nn.Linear(self.embed_dim, num_classes) if num_classes else None
 
     def film(self, x: Tensor, protocol: Tensor | None = None) -> Film | None:
         """Scales and shifts for a batch x (B, C, H, W); None without a hypernetwork.
 
         Args:
-            protocol: (7,) or (B, 7); the hospital's own, which stands in the buffer `protocol`, where not given.
+            protocol: (7,) or (B, 7); the hospital's own, `self.protocol`, where not given.
         """
         if self.hyper is None:
             return None

@@ -32,7 +32,6 @@ def count(module: nn.Module, trained: bool = False) -> int:
 @pytest.mark.parametrize(
     ("classes", "channels", "expected"),
     [(7, 3, 68_269_367), (8, 3, 68_270_136), (2, 3, 68_265_522), (2, 1, 68_259_378)],
-    [(7, 3, 68_269_367), (8, 3, 68_270_136), (2, 3, 68_265_522), (2, 1, 68_259_378)],
 )
 def test_parameter_counts(classes: int, channels: int, expected: int) -> None:
     assert count(on_paper(classes, channels)) == expected

@@ -108,7 +108,7 @@ def test_identity_start_equals_the_plain_network(name: str) -> None:
         if isinstance(layer, torch.nn.Linear):
             torch.nn.init.zeros_(layer.weight)
     missing = modulated.load_state_dict(plain.state_dict(), strict=False).missing_keys
-    assert all(key.startswith(("net.hyper.", "net.protocol")) for key in missing)
+    assert all(key.startswith("net.hyper.") for key in missing)
     x = torch.rand(2, 1, 24, 24)
     torch.testing.assert_close(modulated(x), plain(x))
 
@@ -119,7 +119,7 @@ def test_reference_start_switches_the_layers_off() -> None:
     assert (restorer("red_film").net.film(torch.zeros(1, 1, 24, 24), torch.ones(7)).gamma - 1).abs().max() < 1e-2
 
 
-def test_the_protocol_is_a_buffer_and_can_differ_by_image() -> None:
+def test_the_protocol_is_the_hospital_s_own_and_can_differ_by_image() -> None:
     net = restorer("red_film").net
     with torch.no_grad():
         for layer in net.hyper.layers:
@@ -129,10 +129,11 @@ def test_the_protocol_is_a_buffer_and_can_differ_by_image() -> None:
     one, two = torch.zeros(7), torch.ones(7)
     mixed = net.restore(x, net.film(x, torch.stack([one, two])))
     for number, protocol in enumerate((one, two)):
-        net.protocol.copy_(protocol)
+        net.protocol = protocol
         torch.testing.assert_close(net(x)[number], mixed[number], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(mixed[0], mixed[1], atol=1e-3)
-    assert "net.protocol" in dict(restorer("red_film").named_buffers())
+    shared = restorer("red_film").state_dict()
+    assert not any("protocol" in key for key in shared)
 
 
 # --- projections -------------------------------------------------------------------------------------------------
