@@ -23,13 +23,13 @@ from fedsec import config
 from fedsec.data.base import Dataset
 from fedsec.experiment import open_stage
 from fedsec.federation.assemble import dataset_of
-from fedsec.federation.evaluation import predict
-from fedsec.federation.round import load
 from fedsec.metrics import utility as measures
+from fedsec.models.loss import probabilities
 
 Array = NDArray[np.float64]
 COMPONENTS = 60
 DRAWS = 1000
+BATCH = 128
 
 
 def measured(scores: Array, labels: Array, groups: Any, names: Sequence[str]) -> dict[str, Any]:
@@ -95,13 +95,13 @@ def network(cell: config.Cell, folder: Path, data_dir: Path | None) -> dict[str,
     """The same measures of a cell's released model, from the run's kept training."""
     stage = open_stage(cell, folder / "artifacts", data_dir)
     federation, training = stage.federation, stage.training
-    params, buffers = training.snapshots[cell.federation.rounds + 1]
-    load(federation.seats.model, federation.seats.sharing, params, buffers, None)
+    model = federation.build_model(training.snapshots[cell.federation.rounds + 1]).eval()
     dataset = federation.dataset
     rows = np.flatnonzero(dataset.split == "test")
     x, y = dataset.batch(rows)
     with torch.no_grad():
-        scores = predict(federation, x.to(federation.device)).double().numpy()
+        batches = x.to(federation.device).split(BATCH)
+        scores = torch.cat([probabilities(model(b), dataset.task) for b in batches]).double().cpu().numpy()
     return measured(scores, y.numpy(), dataset.groups()[rows], dataset.class_names)
 
 

@@ -38,8 +38,8 @@ class Restorer(Backbone):
     normalisation: ClassVar[tuple[float, float]] = (0.0, 1.0)
     """Residual sums and the last ReLU mean intensities, not standardised values."""
     protocol: Tensor
-    """(7,) of the hospital that this copy of the model stands at. No buffer: it is neither sent, averaged nor noised, and
-    whoever trains sets it."""
+    """(7,) of the hospital that this copy of the model stands at. No buffer: it is neither sent, averaged nor noised,
+    and whoever trains sets it."""
 
     def __init__(
         self,
