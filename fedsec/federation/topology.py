@@ -20,8 +20,8 @@ from fedsec.errors import ConfigError
 
 POOLED = "all hospitals"
 """Name of the one owner."""
-BETWEEN = ("on_upload", "on_receive", "aggregator", "on_aggregate")
-"""Hooks of defenses that work on what is sent."""
+TRAINING = ("local_step", "prepare_model")
+"""Hooks of defenses that change how a client trains, whether or not anything is sent."""
 DEFAULT_STRATEGY = "fedavg"
 ALONE = "local"
 """The strategy under which nothing is sent."""
@@ -58,7 +58,7 @@ def check(cell: Cell, defenses: Sequence[Defense], attack: Attack | None) -> Non
     if settings.topology == "federated":
         return
     for defense in defenses:
-        if any(getattr(type(defense), hook) is not getattr(Defense, hook) for hook in BETWEEN):
+        if all(getattr(type(defense), hook) is getattr(Defense, hook) for hook in TRAINING):
             raise ConfigError(
                 f"{where}: {defense.name} protects what is sent, and nothing is; leave one of the two out"
             )
