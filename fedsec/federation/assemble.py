@@ -22,7 +22,7 @@ from fedsec.defense import Aggregator, Defense
 from fedsec.errors import ConfigError
 from fedsec.federation.aggregate import WeightedMean
 from fedsec.federation.composition import check_privacy, check_rule, check_seat, compose
-from fedsec.federation.desk import ServerState
+from fedsec.federation.desk import ServerState, Setting
 from fedsec.federation.engines.base import ClientData, Engine
 from fedsec.federation.engines.processes import Processes
 from fedsec.federation.engines.serial import Serial
@@ -62,6 +62,12 @@ class Federation:
     notes: tuple[str, ...]
     canaries: Canaries | None = None
 
+    @property
+    def setting(self) -> Setting:
+        """What the strategy knows of this federation."""
+        ctx = RoundContext(self.cell.seed, 0, self.cell.federation.rounds)
+        return Setting(self.dataset.image_shape, self.seats.recipe, len(self.clients), ctx)
+
     def initial_state(self) -> ServerState:
         """The server before the first round."""
         tensors = dict(self.seats.model.state_dict(keep_vars=True))
@@ -71,8 +77,7 @@ class Federation:
             personal = sharing.local.flatten(tensors)
             local = {k: personal.clone() for k in range(len(self.clients))}
         state = ServerState(sharing.params.flatten(tensors), sharing.buffers.flatten(tensors), local)
-        ctx = RoundContext(self.cell.seed, 0, self.cell.federation.rounds)
-        state.side = self.seats.strategy.initial_side(self.seats.model, len(self.clients), ctx)
+        state.side = self.seats.strategy.initial_side(self.seats.model, self.setting)
         return state
 
     def engine(self) -> Engine:
@@ -264,8 +269,6 @@ def federate(cell: Cell, dataset: Dataset, dealt: Partition) -> Federation:
         notes = checkpoint.load_into(model, Path(cell.model.weights))
     for defense in defenses:
         model = defense.prepare_model(model)
-    model = strategy.prepare_model(model, RoundContext(cell.seed, 0, 0))
-    model = model.to(device).to(memory_format=torch.channels_last)
 
     settings = cell.federation
     Participation.parse(settings.participation).check(len(dealt.clients))
@@ -281,6 +284,8 @@ def federate(cell: Cell, dataset: Dataset, dealt: Partition) -> Federation:
             steps=settings.local_steps,
         )
     )
+    setting = Setting(dataset.image_shape, recipe, len(dealt.clients), RoundContext(cell.seed, 0, settings.rounds))
+    model = strategy.prepare_model(model, setting).to(device).to(memory_format=torch.channels_last)
     patients = dataset.meta.get("patient")
     sharing = strategy.sharing(model)
     plan = FederationPlan(

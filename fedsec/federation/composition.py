@@ -13,7 +13,7 @@ from fedsec.attack import Attack
 from fedsec.defense import Aggregator, Defense, LocalStep
 from fedsec.errors import ConfigError
 from fedsec.federation.aggregate import WeightedMean
-from fedsec.federation.desk import Desk, Objective, ServerState, Site
+from fedsec.federation.desk import Desk, Objective, ServerState, Setting, Site
 from fedsec.federation.sharing import Sharing
 from fedsec.federation.strategy import Label, Strategy
 from fedsec.types import LocalRecipe, RoundContext, Wire
@@ -91,9 +91,9 @@ class Composite(Strategy):
     def _taker(self, hook: str) -> Strategy:
         return next((p for p in self.pieces if overrides(p, (hook,))), self.pieces[0])
 
-    def prepare_model(self, model: nn.Module, ctx: RoundContext) -> nn.Module:
+    def prepare_model(self, model: nn.Module, setting: Setting) -> nn.Module:
         """Of the piece that changes the model."""
-        return self._taker("prepare_model").prepare_model(model, ctx)
+        return self._taker("prepare_model").prepare_model(model, setting)
 
     def auxiliary(self) -> tuple[str, ...]:
         """Of all pieces."""
@@ -107,9 +107,9 @@ class Composite(Strategy):
         """Of the piece that changes it."""
         return self._taker("recipe").recipe(recipe)
 
-    def initial_side(self, model: nn.Module, clients: int, ctx: RoundContext) -> dict[str, Tensor]:
+    def initial_side(self, model: nn.Module, setting: Setting) -> dict[str, Tensor]:
         """Of the piece that serves."""
-        return self._taker("initial_side").initial_side(model, clients, ctx)
+        return self._taker("initial_side").initial_side(model, setting)
 
     def begin(self, site: Site) -> None:
         """Of the piece that begins."""
@@ -168,9 +168,11 @@ class Composite(Strategy):
         """Of the piece that serves."""
         self._taker("serve").serve(desk)
 
-    def personal_model(self, model: nn.Module, sharing: Sharing, client: int, state: ServerState) -> nn.Module:
+    def personal_model(
+        self, model: nn.Module, sharing: Sharing, client: int, state: ServerState, images: Tensor
+    ) -> nn.Module:
         """Of the piece that is personal."""
-        return self._taker("personal_model").personal_model(model, sharing, client, state)
+        return self._taker("personal_model").personal_model(model, sharing, client, state, images)
 
     def unseen_model(self, model: nn.Module, sharing: Sharing, state: ServerState, images: Tensor) -> nn.Module:
         """Of the piece that knows."""

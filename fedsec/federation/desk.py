@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from fedsec.defense import Aggregation
 from fedsec.federation.sharing import Sharing
 from fedsec.types import LocalRecipe, RoundContext, Update
 
@@ -28,6 +27,17 @@ class Report:
     """What it gives away, in a few words."""
     required: bool = True
     """An update without it is turned away."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is known of a federation before its first round."""
+
+    image_shape: tuple[int, int, int]
+    recipe: LocalRecipe
+    clients: int
+    ctx: RoundContext
+    """Of round 0: the seed of whatever is initialised."""
 
 
 @dataclass
@@ -50,6 +60,8 @@ class Site:
     y: Tensor
     loss: float = float("nan")
     """Mean training loss of this turn, once it is over."""
+    scratch: dict[str, Any] = field(default_factory=dict)
+    """For what one hook of a turn leaves to a later one; gone when the turn is over."""
 
     def shared(self) -> Tensor:
         """(d,) a copy of the model's shared trainable tensors as they are now."""
@@ -113,7 +125,8 @@ class Desk:
     updates: tuple[Update, ...]
     """Those in clear that passed the screening, in client order; none where the rule hides individuals."""
     weights: Mapping[int, float]
-    result: Aggregation | None
+    model: nn.Module
+    """The architecture; its weights are those of nobody in particular."""
     sharing: Sharing
     ctx: RoundContext
 

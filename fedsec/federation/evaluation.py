@@ -50,10 +50,11 @@ def scores_by_client(federation: Federation, part: str, state: ServerState) -> l
     result = []
     for client, (x, y) in enumerate(federation.evaluation[part]):
         model = copy.deepcopy(seats.model)
+        images = federation.clients[client][0]
         if state.trained and client not in state.trained:
-            model = strategy.unseen_model(model, seats.sharing, state, federation.clients[client][0])
+            model = strategy.unseen_model(model, seats.sharing, state, images)
         else:
-            model = strategy.personal_model(model, seats.sharing, client, state)
+            model = strategy.personal_model(model, seats.sharing, client, state, images)
         result.append((predict(federation, x, model), y.cpu()))
     return result
 

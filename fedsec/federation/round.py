@@ -144,7 +144,7 @@ def train_at(
     step: LocalStep = strategy.local_step(PlainStep(site.model, seats.recipe, objective), site)
     for defense in seats.defenses:
         step = defense.local_step(step, ctx)
-    site.loss, steps = train_locally(step, x, y, seats.recipe, ctx, batches, turn.max_steps)
+    site.loss, steps = train_locally(step, site.x, site.y, seats.recipe, ctx, batches, turn.max_steps)
     strategy.finish(site)
     update = Update(
         client=turn.client,
@@ -250,7 +250,7 @@ def run_round(
     else:
         flags.append("no safe aggregate: the model was left as it was")
     given = dict(result.weights) if result is not None else {}
-    seats.strategy.serve(Desk(state, before, accepted, given, result, seats.sharing, ctx))
+    seats.strategy.serve(Desk(state, before, accepted, given, seats.model, seats.sharing, ctx))
     losses = [r.loss for r in replies if r.loss == r.loss]
     return RoundRecord(
         round=ctx.round,
@@ -365,7 +365,7 @@ def server_view(
 ) -> ServerView:
     """What reached the server: individual updates (or what the rule lets it read of them), else the sum alone."""
     individual = [seats.aggregator.readable(p) for p in payloads]
-    seen = seats.strategy.visible(len(ctx.cohort) if ctx.cohort is not None else len(payloads))
+    seen = seats.strategy.visible(state)
     updates = tuple(u for u in individual if isinstance(u, Update) and (seen is None or u.client in seen))
     clients_in_sum = 1
     if not seats.aggregator.sees_individuals and not updates:

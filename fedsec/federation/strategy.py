@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fedsec.defense import LocalStep
-from fedsec.federation.desk import Desk, Objective, Report, ServerState, Site
+from fedsec.federation.desk import Desk, Objective, Report, ServerState, Setting, Site
 from fedsec.federation.sharing import Sharing, load, resolve
 from fedsec.types import LocalRecipe, RoundContext, Update, Wire
 
@@ -57,8 +57,8 @@ class Strategy:
 
     # --- before the first round -------------------------------------------------------------------------------------
 
-    def prepare_model(self, model: nn.Module, ctx: RoundContext) -> nn.Module:
-        """Add what the strategy needs to the (already defended) model, seeded by `ctx`."""
+    def prepare_model(self, model: nn.Module, setting: Setting) -> nn.Module:
+        """Add what the strategy needs to the (already defended) model, seeded by the setting."""
         return model
 
     def auxiliary(self) -> tuple[str, ...]:
@@ -77,7 +77,7 @@ class Strategy:
         """Resolve the selectors on a (prepared) model."""
         return resolve(model, self.local_selectors(), label=self.name, empty=self.shares_nothing)
 
-    def initial_side(self, model: nn.Module, clients: int, ctx: RoundContext) -> dict[str, Tensor]:
+    def initial_side(self, model: nn.Module, setting: Setting) -> dict[str, Tensor]:
         """What the server holds beside the model before the first round."""
         return {}
 
@@ -138,14 +138,19 @@ class Strategy:
     def serve(self, desk: Desk) -> None:
         """After the new shared model stands: make what else clients will be sent."""
 
-    def visible(self, clients: int) -> frozenset[int] | None:
+    def visible(self, state: ServerState) -> frozenset[int] | None:
         """Whose uploads reach the curious party; None: everybody's."""
         return None
 
     # --- who is judged ----------------------------------------------------------------------------------------------
 
-    def personal_model(self, model: nn.Module, sharing: Sharing, client: int, state: ServerState) -> nn.Module:
-        """What this client uses: its own `params` and `buffers` where it keeps some, else what it is sent."""
+    def personal_model(
+        self, model: nn.Module, sharing: Sharing, client: int, state: ServerState, images: Tensor
+    ) -> nn.Module:
+        """What this client uses: its own `params` and `buffers` where it keeps some, else what it is sent.
+
+        `images` are those it trains on, without labels.
+        """
         own = state.own.get(client, {})
         params, buffers = own.get("params", state.params_for(client)), own.get("buffers", state.buffers)
         load(model, sharing, params.to(state.params), buffers.to(state.buffers), state.local.get(client))

@@ -48,7 +48,9 @@ def choose(federation: Federation, plan: VictimPlan) -> list[tuple[int, np.ndarr
     """(client, data set rows) of each victim: a function of data, partition and seed, whatever the defense."""
     rng = RoundContext(federation.cell.seed, 0, 0).numpy("victims")
     owned = federation.rows if plan.split == "train" else federation.partition.deal(federation.dataset, "test")
+    seen = federation.seats.strategy.visible(federation.initial_state())
     pools = {k: list(rng.permutation(rows)) for k, rows in enumerate(owned) if len(rows) >= plan.batch}
+    pools = {k: rows for k, rows in pools.items() if seen is None or k in seen}
     victims: list[tuple[int, np.ndarray]] = []
     count = max(1, plan.images // plan.batch)
     while len(victims) < count and pools:
