@@ -22,11 +22,14 @@ from fedsec.defense import Aggregator, Defense
 from fedsec.errors import ConfigError
 from fedsec.federation import topology
 from fedsec.federation.aggregate import WeightedMean
+from fedsec.federation.composition import check_privacy, check_rule, check_seat, compose
+from fedsec.federation.desk import ServerState, Setting
 from fedsec.federation.engines.base import ClientData, Engine
 from fedsec.federation.engines.processes import Processes
 from fedsec.federation.engines.serial import Serial
 from fedsec.federation.participation import Participation
-from fedsec.federation.round import Seats, ServerState, load
+from fedsec.federation.round import Seats
+from fedsec.federation.sharing import load
 from fedsec.federation.strategy import Strategy
 from fedsec.machine import usable_cores
 from fedsec.robust.aggregator import RuleAggregator
@@ -62,6 +65,12 @@ class Federation:
     owners: tuple[str, ...] = ()
     """Names of those who train: the hospitals of the partition, or the one owner of all their images."""
 
+    @property
+    def setting(self) -> Setting:
+        """What the strategy knows of this federation."""
+        ctx = RoundContext(self.cell.seed, 0, self.cell.federation.rounds)
+        return Setting(self.dataset.image_shape, self.seats.recipe, len(self.clients), ctx)
+
     def initial_state(self) -> ServerState:
         """The server before the first round."""
         tensors = dict(self.seats.model.state_dict(keep_vars=True))
@@ -70,7 +79,9 @@ class Federation:
         if sharing.local.size:
             personal = sharing.local.flatten(tensors)
             local = {k: personal.clone() for k in range(len(self.clients))}
-        return ServerState(sharing.params.flatten(tensors), sharing.buffers.flatten(tensors), local)
+        state = ServerState(sharing.params.flatten(tensors), sharing.buffers.flatten(tensors), local)
+        state.side = self.seats.strategy.initial_side(self.seats.model, self.setting)
+        return state
 
     def engine(self) -> Engine:
         """The engine that the configuration names."""
@@ -141,8 +152,10 @@ def build_stack(cell: Cell) -> tuple[tuple[Defense, ...], Attack | None, Strateg
     if len(set(names)) < len(names):
         raise ConfigError(f"--defense {cell.label()}: a stack holds each defense once")
     attack = plugins.build("attacks", cell.attack) if cell.attack else None
-    strategy: Strategy = plugins.build("strategies", plugins.PluginSpec.parse(cell.federation.strategy))
-    choose_aggregator(defenses)
+    strategy = compose(cell.federation.strategy)
+    check_rule(strategy, choose_aggregator(defenses), [d.name for d in defenses])
+    if attack is not None:
+        check_seat(strategy, attack)
     Participation.parse(cell.federation.participation)
     topology.check(cell, defenses, attack)
     return defenses, attack, strategy
@@ -262,9 +275,9 @@ def federate(cell: Cell, dataset: Dataset, dealt: Partition) -> Federation:
         notes = checkpoint.load_into(model, Path(cell.model.weights), keep=cell.model.options.keys())
     for defense in defenses:
         model = defense.prepare_model(model)
-    model = model.to(device).to(memory_format=torch.channels_last)
 
     settings = cell.federation
+    Participation.parse(settings.participation).check(len(dealt.clients))
     recipe = strategy.recipe(
         LocalRecipe(
             task=dataset.task,
@@ -277,6 +290,8 @@ def federate(cell: Cell, dataset: Dataset, dealt: Partition) -> Federation:
             steps=settings.local_steps,
         )
     )
+    setting = Setting(dataset.image_shape, recipe, len(dealt.clients), RoundContext(cell.seed, 0, settings.rounds))
+    model = strategy.prepare_model(model, setting).to(device).to(memory_format=torch.channels_last)
     patients = dataset.meta.get("patient")
     sharing = strategy.sharing(model)
     plan = FederationPlan(
@@ -296,6 +311,7 @@ def federate(cell: Cell, dataset: Dataset, dealt: Partition) -> Federation:
             f"{' and '.join(claiming)} each add noise for an epsilon of their own, and the two do not combine: "
             "choose one, or leave clip out of the other, which is then a heuristic"
         )
+    check_privacy(strategy, [d for d in defenses if d.name in claiming])
     if attack is not None:
         attack = attack.calibrate(plan, RoundContext(cell.seed, 0, settings.rounds).adversary())
     seats = Seats(
