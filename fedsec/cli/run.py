@@ -42,7 +42,7 @@ PLACES = {
 @click.option("--data", metavar="NAME|PATH", help="Data set (default: built-in synthetic chest X-rays).")
 @click.option("--data-dir", type=click.Path(path_type=Path), help="Where data sets are looked up first.")
 @click.option("--size", type=int, help="Side of the images in pixels, where the set comes in several sizes.")
-@click.option("--model", metavar="NAME", help="Network (default cnn).")
+@click.option("--model", metavar="NAME", help="Network (default cnn): fedsec list models, or one of torchvision's.")
 @click.option("--clients", type=int, help="Number of hospitals (default: the data set's sites, else 10).")
 @click.option("--rounds", type=int, help="Communication rounds (default 10).")
 @click.option("--local-steps", type=int, help="Optimisation steps a round …")

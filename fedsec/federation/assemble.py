@@ -277,7 +277,7 @@ def federate(cell: Cell, dataset: Dataset, dealt: Partition) -> Federation:
         model = defense.prepare_model(model)
 
     settings = cell.federation
-    Participation.parse(settings.participation).check(len(dealt.clients))
+    Participation.parse(settings.participation).check(len(owned))
     recipe = strategy.recipe(
         LocalRecipe(
             task=dataset.task,
@@ -290,7 +290,7 @@ def federate(cell: Cell, dataset: Dataset, dealt: Partition) -> Federation:
             steps=settings.local_steps,
         )
     )
-    setting = Setting(dataset.image_shape, recipe, len(dealt.clients), RoundContext(cell.seed, 0, settings.rounds))
+    setting = Setting(dataset.image_shape, recipe, len(owned), RoundContext(cell.seed, 0, settings.rounds))
     model = strategy.prepare_model(model, setting).to(device).to(memory_format=torch.channels_last)
     patients = dataset.meta.get("patient")
     sharing = strategy.sharing(model)

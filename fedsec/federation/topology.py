@@ -47,6 +47,11 @@ def settled(cell: Cell) -> Cell:
     return replace(cell, federation=replace(settings, strategy=ALONE))
 
 
+def shown(cell: Cell) -> str:
+    """What a result says: clients under the strategy `local` train alone, however it was asked for."""
+    return "local" if cell.federation.strategy == ALONE else cell.federation.topology
+
+
 def check(cell: Cell, defenses: Sequence[Defense], attack: Attack | None) -> None:
     """Refuse what has no place where nothing is exchanged.
 

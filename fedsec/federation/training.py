@@ -79,7 +79,8 @@ class Training:
                 for k, t in federation.seats.model.state_dict().items()
                 if not k.startswith(federation.seats.strategy.auxiliary() or ("\0",))
             }
-            checkpoint.save(temporary / "model.safetensors", released, model_record(federation))
+            if federation.seats.sharing.params.size:  # where nothing is shared, nothing is released
+                checkpoint.save(temporary / "model.safetensors", released, model_record(federation))
             text = {k: v for k, v in vars(self).items() if k not in ("snapshots", "states")}
             write_json(temporary / "training.json", {**text, "rounds_kept": sorted(self.snapshots)})
             if folder.exists():
