@@ -242,6 +242,8 @@ class ServerView:
     knowledge: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Defense name -> its `public_knowledge` of the first update's client (Kerckhoffs: the adversary knows the defense,
     not its secrets). A victim's view holds one update."""
+    sent: Mapping[int, Tensor] = field(default_factory=dict)
+    """Client -> (d,) what it was sent instead of `params`, where the strategy gives each client another model."""
     oracle_labels: Tensor | None = None
     """True labels, only where the user asked for a told-in-advance attack; stamped into every result."""
 

@@ -20,6 +20,7 @@ LAYERS = [
     {"attack", "defense", "metrics", "models", "data", "privacy", "config", "checkpoint"},
     {"robust"},
     {"federation"},
+    {"strategies"},
     {"leakage"},
     {"experiment", "audit"},
     {"store", "tradeoff", "plotting"},

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedsec.federation.assemble import Federation
-from fedsec.federation.round import load
+from fedsec.federation.desk import ServerState
+from fedsec.federation.sharing import load
 from fedsec.metrics import utility as measures
 from fedsec.metrics.statistics import proportion
 from fedsec.models.loss import probabilities
@@ -18,40 +20,49 @@ from fedsec.types import Probe, RoundContext, to_json
 
 ProbeOf = Callable[[Tensor, Tensor], Probe | None]
 EVALUATION_BATCH = 512
+SHARED = ("auc", "balanced_accuracy", "mean_client_auc", "worst_client_auc", "client_auc_spread")
 MIN_PROBES = 30
 """Images of other classes below which a success rate says nothing."""
 
 
 @torch.no_grad()
-def predict(federation: Federation, x: Tensor) -> Tensor:
-    """Scores (N, C) on the CPU, of the parameters that are in the model now."""
-    model = federation.seats.model
+def predict(federation: Federation, x: Tensor, model: nn.Module | None = None) -> Tensor:
+    """Scores (N, C) on the CPU, of the parameters that are in the model now, or of another model."""
+    model = model or federation.seats.model
     model.eval()
     parts = [probabilities(model(batch), federation.dataset.task).cpu() for batch in x.split(EVALUATION_BATCH)]
     return torch.cat(parts) if parts else torch.empty(0, federation.dataset.num_classes)
 
 
-def scores_by_client(
-    federation: Federation, part: str, params: Tensor, buffers: Tensor, local: Mapping[int, Tensor]
-) -> list[tuple[Tensor, Tensor]]:
-    """Each client's (scores, labels) on its own part of `val` or `test`, under its own personal tensors."""
-    pieces = federation.evaluation[part]
-    seats = federation.seats
-    load(seats.model, seats.sharing, params, buffers, None)
-    if not local:
-        everything = predict(federation, torch.cat([x for x, _ in pieces]))
-        return list(zip(everything.split([len(x) for x, _ in pieces]), (y.cpu() for _, y in pieces), strict=True))
+def shared_scores(federation: Federation, part: str, state: ServerState) -> list[tuple[Tensor, Tensor]]:
+    """Each client's (scores, labels) on its own part of `val` or `test`, all under the one shared model."""
+    pieces, seats = federation.evaluation[part], federation.seats
+    load(seats.model, seats.sharing, state.params, state.buffers, None)
+    everything = predict(federation, torch.cat([x for x, _ in pieces]))
+    return list(zip(everything.split([len(x) for x, _ in pieces]), (y.cpu() for _, y in pieces), strict=True))
+
+
+def scores_by_client(federation: Federation, part: str, state: ServerState) -> list[tuple[Tensor, Tensor]]:
+    """Each client's (scores, labels) on its own part of `val` or `test`, under the model that it would use."""
+    seats, strategy = federation.seats, federation.seats.strategy
+    if not (strategy.personal or state.local):
+        return shared_scores(federation, part, state)
     result = []
-    for client, (x, y) in enumerate(pieces):
-        load(seats.model, seats.sharing, params, buffers, local[client])
-        result.append((predict(federation, x), y.cpu()))
+    for client, (x, y) in enumerate(federation.evaluation[part]):
+        model = copy.deepcopy(seats.model)
+        images = federation.clients[client][0]
+        if state.trained and client not in state.trained:
+            model = strategy.unseen_model(model, seats.sharing, state, images)
+        else:
+            model = strategy.personal_model(model, seats.sharing, client, state, images)
+        result.append((predict(federation, x, model), y.cpu()))
     return result
 
 
-def curve_point(federation: Federation, params: Tensor, buffers: Tensor, local: Mapping[int, Tensor]) -> float:
+def curve_point(federation: Federation, state: ServerState) -> float:
     """AUC on the validation part (the test part where there is none)."""
     part = "val" if any(len(x) for x, _ in federation.evaluation["val"]) else "test"
-    pieces = scores_by_client(federation, part, params, buffers, local)
+    pieces = scores_by_client(federation, part, state)
     scores, labels = (torch.cat(column).numpy() for column in zip(*pieces, strict=True))
     return float(measures.auc(scores, labels, federation.dataset.task))
 
@@ -88,9 +99,30 @@ def _called(federation: Federation, images: Tensor, target: int) -> np.ndarray:
     return (decided == target).numpy()
 
 
-def evaluate(federation: Federation, params: Tensor, buffers: Tensor, local: Mapping[int, Tensor]) -> dict[str, Any]:
-    """All utility measures on the test part, with intervals, in JSON form."""
-    pieces = scores_by_client(federation, "test", params, buffers, local)
+def evaluate(federation: Federation, state: ServerState) -> dict[str, Any]:
+    """All utility measures on the test part, with intervals, in JSON form.
+
+    Where clients are judged on models of their own, `shared` says the same of the one model that all of them get.
+    """
+    pieces = scores_by_client(federation, "test", state)
+    result = _utility(federation, pieces)
+    strategy = federation.seats.strategy
+    if (strategy.personal or state.local) and not strategy.shares_nothing:
+        whole = _utility(federation, shared_scores(federation, "test", state))
+        result["shared"] = {key: whole[key] for key in SHARED if key in whole}
+    names = [n for n, (s, _) in zip(federation.partition.names, pieces, strict=True) if constant(s)]
+    if names:
+        result["constant_outputs"] = list(names)
+    found: dict[str, Any] = to_json(result)
+    return found
+
+
+def constant(scores: Tensor) -> bool:
+    """The same scores for every image: a dead network, not a bad one; its AUC of 0.5 is no measurement."""
+    return len(scores) > 1 and bool((scores == scores[:1]).all())
+
+
+def _utility(federation: Federation, pieces: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Any]:
     scores, labels = (torch.cat(column).numpy() for column in zip(*pieces, strict=True))
     rng = RoundContext(federation.cell.seed, 0, 0).numpy("utility-bootstrap")
     dataset = federation.dataset
@@ -111,5 +143,4 @@ def evaluate(federation: Federation, params: Tensor, buffers: Tensor, local: Map
         groups=federation.test_groups,
         generator=rng,
     )
-    result: dict[str, Any] = to_json({**pooled, **own})
-    return result
+    return {**pooled, **own}

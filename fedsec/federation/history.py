@@ -33,6 +33,10 @@ class Recorder:
             self.tensors[f"{start}/client-{update.client}/delta"] = update.delta.cpu().clone()
             if update.buffers is not None:
                 self.tensors[f"{start}/client-{update.client}/buffers"] = update.buffers.cpu().clone()
+            for name, report in update.extras.items():
+                self.tensors[f"{start}/client-{update.client}/extras/{name}"] = report.cpu().clone()
+            if update.client in view.sent:
+                self.tensors[f"{start}/client-{update.client}/sent"] = view.sent[update.client].cpu().clone()
         self.rounds.append(
             {
                 "round": view.round,
@@ -64,6 +68,7 @@ def _view(federation: Federation, tensors: dict[str, Tensor], entry: dict[str, A
             tensors[f"{start}/client-{client}/delta"],
             samples,
             tensors.get(f"{start}/client-{client}/buffers"),
+            extras=_below(tensors, f"{start}/client-{client}/extras/"),
         )
         for client, samples in entry["clients"].items()
     ]
@@ -75,7 +80,12 @@ def _view(federation: Federation, tensors: dict[str, Tensor], entry: dict[str, A
         buffer_layout=seats.sharing.buffers,
         updates=tuple(updates),
         clients_in_sum=entry["clients_in_sum"],
+        sent={int(c): tensors[key] for c in entry["clients"] if (key := f"{start}/client-{c}/sent") in tensors},
         recipe=seats.recipe,
         local_steps=entry["local_steps"],
         knowledge={d.name: d.public_knowledge(int(next(iter(entry["clients"]), -1))) for d in seats.defenses},
     )
+
+
+def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}

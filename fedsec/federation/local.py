@@ -9,16 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from fedsec.defense import LocalStep
+from fedsec.federation.desk import Objective
 from fedsec.models.loss import penalties, task_loss
-from fedsec.types import LocalRecipe, RoundContext
+from fedsec.types import LocalRecipe, RoundContext, Task
 
 
 class PlainStep:
     """Plain SGD on shuffled batches, one epoch after the other."""
 
-    def __init__(self, model: nn.Module, recipe: LocalRecipe) -> None:
+    def __init__(self, model: nn.Module, recipe: LocalRecipe, objective: Objective | None = None) -> None:
         self.model = model
         self.recipe = recipe
+        self.objective = objective or plain_objective(recipe.task)
         params = [p for p in model.parameters() if p.requires_grad]
         # A fresh optimiser each round: momentum does not survive a broadcast.
         self.optimizer: torch.optim.Optimizer = torch.optim.SGD(
@@ -28,7 +30,6 @@ class PlainStep:
             weight_decay=recipe.weight_decay,
             fused=all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in params),
         )
-        self.loss = task_loss(recipe.task)
 
     def batches(self, size: int, ctx: RoundContext) -> Iterator[Tensor]:
         """Shuffled index batches for the recipe's epochs or steps; the last batch of an epoch may be short."""
@@ -38,11 +39,17 @@ class PlainStep:
         """One SGD step."""
         self.optimizer.zero_grad(set_to_none=True)
         with penalties(self.model) as extra:
-            loss = self.loss(self.model(x), y)
+            loss = self.objective(self.model, x, y)
         loss = loss + sum(extra) if extra else loss
         loss.backward()
         self.optimizer.step()
         return loss.detach()
+
+
+def plain_objective(task: Task) -> Objective:
+    """The task's mean loss, with nothing added."""
+    loss = task_loss(task)
+    return lambda model, x, y: loss(model(x), y)
 
 
 def shuffled_batches(size: int, recipe: LocalRecipe, generator: torch.Generator) -> Iterator[Tensor]:

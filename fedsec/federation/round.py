@@ -17,17 +17,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fedsec.attack import Attack
 from fedsec.defense import Aggregation, Aggregator, Defense, LocalStep
 from fedsec.errors import PayloadError
 from fedsec.federation.aggregate import WeightedMean
+from fedsec.federation.desk import Desk, ServerState, Site
 from fedsec.federation.footprint import changed_images, footprint
-from fedsec.federation.local import PlainStep, train_locally
+from fedsec.federation.local import PlainStep, plain_objective, train_locally
 from fedsec.federation.screening import screen
-from fedsec.federation.strategy import Sharing, Strategy
+from fedsec.federation.sharing import Sharing, load
+from fedsec.federation.strategy import Strategy, report_fault
 from fedsec.types import LocalRecipe, Payload, Peers, RoundContext, ServerView, Update, sorted_by_client
 
 
@@ -62,6 +63,12 @@ class Turn:
     """The client's personal tensors from its last round, where the strategy keeps some."""
     max_steps: int | None = None
     """Local steps that its privacy budget still allows, where these are fewer than planned."""
+    own: Mapping[str, Tensor] = field(default_factory=dict)
+    """What its strategy keeps at the client."""
+    received: Mapping[str, Tensor] = field(default_factory=dict)
+    """What the server sends beside the model."""
+    keep: bool = False
+    """It trains for itself, after the last round, and sends nothing."""
 
 
 @dataclass(frozen=True)
@@ -78,16 +85,8 @@ class Reply:
     failure: str | None = None
     tampered: int = 0
     """Images that an adversary's client changed or gave another label."""
-
-
-@dataclass
-class ServerState:
-    """What the server holds between rounds."""
-
-    params: Tensor
-    buffers: Tensor
-    local: dict[int, Tensor] = field(default_factory=dict)
-    """Simulation only: the clients' personal tensors, which no server or attack hook can see."""
+    own: Mapping[str, Tensor] = field(default_factory=dict)
+    """Simulation only: what the client's strategy keeps for its next turn."""
 
 
 @dataclass(frozen=True)
@@ -128,22 +127,53 @@ def client_update(
     Returns:
         the update, the mean loss, and the number of local steps.
     """
-    model, sharing, ctx = seats.model, seats.sharing, turn.ctx
-    load(model, sharing, turn.params, turn.buffers, turn.local)
-    step: LocalStep = PlainStep(model, seats.recipe)
+    update, site, steps = train_at(seats, turn, x, y, batches)
+    return update, site.loss, steps
+
+
+def train_at(
+    seats: Seats, turn: Turn, x: Tensor, y: Tensor, batches: Iterable[Tensor] | None = None
+) -> tuple[Update, Site, int]:
+    """As `client_update`, with what the strategy leaves at the client in place of the loss."""
+    sharing, ctx, strategy = seats.sharing, turn.ctx, seats.strategy
+    load(seats.model, sharing, turn.params, turn.buffers, turn.local)
+    own = dict(turn.own)
+    site = Site(turn.client, seats.model, sharing, turn.params, seats.recipe, ctx, own, turn.received, x, y)
+    strategy.begin(site)
+    objective = strategy.objective(site, plain_objective(seats.recipe.task))
+    step: LocalStep = strategy.local_step(PlainStep(site.model, seats.recipe, objective), site)
     for defense in seats.defenses:
         step = defense.local_step(step, ctx)
-    loss, steps = train_locally(step, x, y, seats.recipe, ctx, batches, turn.max_steps)
-    tensors = dict(model.state_dict(keep_vars=True))
+    site.loss, steps = train_locally(step, site.x, site.y, seats.recipe, ctx, batches, turn.max_steps)
+    strategy.finish(site)
     update = Update(
         client=turn.client,
-        delta=sharing.params.flatten(tensors).sub_(turn.params),
+        delta=site.shared().sub_(turn.params),
         num_samples=len(x),
-        buffers=sharing.buffers.flatten(tensors) if sharing.buffers.size else None,
+        buffers=site.buffers() if sharing.buffers.size else None,
+        extras=strategy.report(site),
+        wire=strategy.wire(site),
     )
     for defense in seats.defenses:
         update = sized(defense.on_upload(update, ctx), update)
-    return update, loss, steps
+    return update, site, steps
+
+
+def polish(seats: Seats, turn: Turn, x: Tensor, y: Tensor) -> Reply:
+    """A client trains on for itself alone: no defense acts, since nothing leaves it."""
+    start = time.perf_counter()
+    recipe = replace(seats.recipe, epochs=seats.strategy.final_epochs, steps=None)
+    load(seats.model, seats.sharing, turn.params, turn.buffers, turn.local)
+    loss, steps = train_locally(PlainStep(seats.model, recipe), x, y, recipe, turn.ctx)
+    own = dict(turn.own)
+    site = Site(turn.client, seats.model, seats.sharing, turn.params, recipe, turn.ctx, own, turn.received, x, y, loss)
+    site.keep_personal()
+    return Reply(turn.client, None, _local(seats), loss, steps, time.perf_counter() - start, own=own)
+
+
+def _local(seats: Seats) -> Tensor | None:
+    local = seats.sharing.local
+    return local.flatten(dict(seats.model.state_dict(keep_vars=True))) if local.size else None
 
 
 def sized(update: Update, before: Update) -> Update:
@@ -154,6 +184,8 @@ def sized(update: Update, before: Update) -> Update:
 
 def client_turn(seats: Seats, turn: Turn, x: Tensor, y: Tensor, batches: Iterable[Tensor] | None = None) -> Reply:
     """A whole turn at one client: train, defend, encode. A malicious client's update is finished by the adversary."""
+    if turn.keep:
+        return polish(seats, turn, x, y)
     start = time.perf_counter()
     malicious = turn.client in seats.malicious
     tampered = 0
@@ -161,24 +193,10 @@ def client_turn(seats: Seats, turn: Turn, x: Tensor, y: Tensor, batches: Iterabl
         clean = x, y
         x, y = seats.attack.on_data(x, y, turn.ctx.adversary())
         tampered = changed_images(clean, (x, y))
-    update, loss, steps = client_update(seats, turn, x, y, batches)
+    update, site, steps = train_at(seats, turn, x, y, batches)
     content = update if malicious else seats.aggregator.encode(update, turn.ctx)
-    local = None
-    if seats.sharing.local.size:
-        local = seats.sharing.local.flatten(dict(seats.model.state_dict(keep_vars=True)))
-    return Reply(turn.client, content, local, loss, steps, time.perf_counter() - start, tampered=tampered)
-
-
-@torch.no_grad()
-def load(model: nn.Module, sharing: Sharing, params: Tensor, buffers: Tensor, local: Tensor | None) -> None:
-    """Copy flat vectors into the model, in place."""
-    tensors = model.state_dict(keep_vars=True)
-    parts = [(sharing.params, params), (sharing.buffers, buffers)]
-    if local is not None:
-        parts.append((sharing.local, local))
-    for layout, flat in parts:
-        for name, view in layout.views(flat).items():
-            tensors[name].copy_(view)
+    seconds = time.perf_counter() - start
+    return Reply(turn.client, content, _local(seats), site.loss, steps, seconds, tampered=tampered, own=site.own)
 
 
 # --- the server's seat ------------------------------------------------------------------------------------------
@@ -200,19 +218,18 @@ def run_round(
     start = time.perf_counter()
     limits = max_steps or {}
     ctx = replace(ctx, cohort=tuple(participants))
-    turns = [
-        Turn(k, broadcast(seats, state.params, k, ctx), state.buffers, ctx.for_client(k), state.local.get(k), limit)
-        for k, limit in ((k, limits.get(k)) for k in participants)
-    ]
+    turns = [turn_of(seats, state, k, ctx, limits.get(k)) for k in participants]
     replies: list[Reply] = sorted_by_client(train(turns))
     failed = {r.client: r.failure for r in replies if r.failure is not None}
     replies = [r for r in replies if r.failure is None]
     payloads = collect(seats, replies, ctx, state.params)
     state.local.update({r.client: r.local for r in replies if r.local is not None})
+    state.own.update({r.client: dict(r.own) for r in replies if r.own})
+    state.trained.update(r.client for r in replies)
 
     if seats.root is not None and seats.aggregator.needs_root:
         seats.aggregator.receive_root(root_update(seats, state, ctx))
-    result, rejected, flags = aggregate(seats, payloads, ctx)
+    result, rejected, flags, accepted = aggregate(seats, payloads, ctx)
     failed |= rejected
     looks = seats.attack is not None and seats.attack.seat in ("server", "malicious-server")
     if looks or watch is not None:
@@ -222,6 +239,7 @@ def run_round(
             seats.attack.on_view(view, ctx.adversary())
         if watch is not None:
             watch(view)
+    before = state.params
     if result is not None and result.delta is not None:
         delta = result.delta
         for defense in reversed(seats.defenses):
@@ -231,6 +249,8 @@ def run_round(
             state.buffers = result.buffers
     else:
         flags.append("no safe aggregate: the model was left as it was")
+    given = dict(result.weights) if result is not None else {}
+    seats.strategy.serve(Desk(state, before, accepted, given, seats.model, seats.sharing, ctx))
     losses = [r.loss for r in replies if r.loss == r.loss]
     return RoundRecord(
         round=ctx.round,
@@ -245,6 +265,20 @@ def run_round(
         clipped=dict(result.clipped) if result is not None else {},
         shadows=dict(result.shadows) if result is not None else {},
         **footprint(seats.malicious, replies, payloads, result),
+    )
+
+
+def turn_of(seats: Seats, state: ServerState, client: int, ctx: RoundContext, limit: int | None = None) -> Turn:
+    """A client's work order: what the server sends it, and what it kept itself."""
+    return Turn(
+        client,
+        broadcast(seats, state.params_for(client), client, ctx),
+        state.buffers,
+        ctx.for_client(client),
+        state.local.get(client),
+        limit,
+        state.own.get(client, {}),
+        seats.strategy.received(state, client),
     )
 
 
@@ -292,26 +326,32 @@ def encode_forged(aggregator: Aggregator, forged: Update, ctx: RoundContext) -> 
 
 def aggregate(
     seats: Seats, payloads: Sequence[Payload], ctx: RoundContext
-) -> tuple[Aggregation | None, dict[int, str], list[str]]:
-    """Screen, let the defenses look, and combine. None where no payload survived."""
+) -> tuple[Aggregation | None, dict[int, str], list[str], tuple[Update, ...]]:
+    """Screen, let the defenses look, and combine. None where no payload survived; last, the updates in clear."""
     accepted = list(payloads)
     rejected: dict[int, str] = {}
     flags: list[str] = []
     if seats.aggregator.sees_individuals:
         accepted, rejected, flags = screen(payloads, seats.sharing.params, seats.sharing.buffers)
+        faults = {p.client: report_fault(seats.strategy, p.content) for p in accepted}
+        rejected |= {client: fault for client, fault in faults.items() if fault is not None}
+        accepted = [p for p in accepted if faults[p.client] is None]
         by_client = {p.client: p for p in accepted}
         updates: Sequence[Update] = [p.content for p in accepted]
         for defense in reversed(seats.defenses):
             updates = defense.on_receive(updates, ctx)
         accepted = [replace(by_client[u.client], content=u) for u in updates]
     if not accepted:
-        return None, rejected, flags
+        return None, rejected, flags, ()
     seats.aggregator.turned_away(rejected)
-    seats.aggregator.begin(seats.strategy.weights({p.client: p.num_samples for p in accepted}), ctx)
+    clear = tuple(p.content for p in accepted if seats.aggregator.sees_individuals)
+    weights = seats.strategy.weights({p.client: p.num_samples for p in accepted})
+    weights = seats.strategy.reweigh(weights, {u.client: u.extras for u in clear}, ctx)
+    seats.aggregator.begin(weights, ctx)
     for payload in accepted:
         seats.aggregator.accumulate(payload, ctx)
     result = seats.aggregator.finish(ctx)
-    return result, rejected | dict(result.rejected), [*flags, *result.flags]
+    return result, rejected | dict(result.rejected), [*flags, *result.flags], clear
 
 
 def server_view(
@@ -325,7 +365,8 @@ def server_view(
 ) -> ServerView:
     """What reached the server: individual updates (or what the rule lets it read of them), else the sum alone."""
     individual = [seats.aggregator.readable(p) for p in payloads]
-    updates = tuple(u for u in individual if isinstance(u, Update))
+    seen = seats.strategy.visible(state)
+    updates = tuple(u for u in individual if isinstance(u, Update) and (seen is None or u.client in seen))
     clients_in_sum = 1
     if not seats.aggregator.sees_individuals and not updates:
         clients_in_sum = len(payloads) - len(result.rejected if result is not None else ())
@@ -336,7 +377,8 @@ def server_view(
     }
     return ServerView(
         round=ctx.round,
-        params=state.params,
+        params=state.params_for(updates[0].client) if len(updates) == 1 else state.params,
+        sent={u.client: state.sent[u.client] for u in updates if u.client in state.sent},
         buffers=state.buffers if seats.sharing.buffers.size else None,
         layout=seats.sharing.params,
         buffer_layout=seats.sharing.buffers,

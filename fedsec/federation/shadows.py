@@ -28,10 +28,11 @@ from fedsec.data.partition import partition
 from fedsec.errors import ConfigError, RunError
 from fedsec.federation.aggregate import WeightedMean
 from fedsec.federation.assemble import Federation, federate
+from fedsec.federation.desk import ServerState
 from fedsec.federation.engines.base import ClientData
 from fedsec.federation.engines.serial import Serial
 from fedsec.federation.participation import Participation
-from fedsec.federation.round import Seats, ServerState, run_round
+from fedsec.federation.round import Seats, run_round
 from fedsec.findings import Shadows
 from fedsec.machine import prepare_for_small_networks, usable_cores
 from fedsec.progress import Progress
@@ -49,11 +50,11 @@ class ShadowJob:
     participation: Participation
     rounds: int
     seed: int
-    start: Weights
+    start: ServerState
 
     def run(self) -> Weights:
         """All rounds; the parameters and buffers of the model."""
-        state = ServerState(*self.start)
+        state = self.start.copy()
         with Serial(self.seats, self.clients) as engine:
             for number in range(1, self.rounds + 1):
                 ctx = RoundContext(self.seed, number, self.rounds)
@@ -129,15 +130,12 @@ def recipe_hash(federation: Federation, rows: NDArray[np.int64]) -> str:
 def shadow_job(federation: Federation, rows: NDArray[np.int64], seed: int) -> ShadowJob:
     """The target's federation on other images, with other initial weights and other draws."""
     cell = replace(federation.cell, attack=None, seed=seed)
-    dealt = partition(federation.dataset, np.sort(rows), cell.data, len(federation.clients), seed)
+    dealt = partition(federation.dataset, np.sort(rows), cell.data, len(federation.partition.clients), seed)
     twin = federate(cell, federation.dataset, dealt)
     seats = twin.seats
     if not seats.aggregator.sees_individuals:
         seats = replace(seats, aggregator=WeightedMean())  # encryption does not change the model
-    state = twin.initial_state()
-    return ShadowJob(
-        seats, twin.clients, twin.participation, cell.federation.rounds, seed, (state.params, state.buffers)
-    )
+    return ShadowJob(seats, twin.clients, twin.participation, cell.federation.rounds, seed, twin.initial_state())
 
 
 def parity(federation: Federation, candidates: int) -> dict[str, str]:

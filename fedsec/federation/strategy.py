@@ -1,31 +1,22 @@
-"""Which tensors a federation shares, how clients train for it, and how much each client weighs."""
+"""Which tensors a federation shares, how clients train for it, what the server makes of it, and who is judged."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
+import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
-from fedsec.errors import ConfigError
-from fedsec.models.base import Normalised
-from fedsec.types import Layout, LocalRecipe
+from fedsec.defense import LocalStep
+from fedsec.federation.desk import Desk, Objective, Report, ServerState, Setting, Site
+from fedsec.federation.sharing import Sharing, load, resolve
+from fedsec.types import LocalRecipe, RoundContext, Update, Wire
 
-
-@dataclass(frozen=True)
-class Sharing:
-    """The role of every tensor of a model: shared ones travel, local ones stay at their client."""
-
-    params: Layout
-    """Shared trainable tensors."""
-    buffers: Layout
-    """Shared floating-point buffers, such as BatchNorm statistics. Integer counters never travel."""
-    local: Layout
-    """Everything that differs between clients and stays: personal parameters and buffers."""
+Label = Literal["faithful", "faithful, fixed", "reconstruction", "ours"]
 
 
 @dataclass(frozen=True)
@@ -34,25 +25,99 @@ class Strategy:
 
     Source: McMahan et al. 2017, "Communication-efficient learning of deep networks from decentralized data", eq. 1.
     The cap keeps a client that lies about its size at `max_weight` (default 2/n).
+
+    Hooks, in the order of a round: `received`, `begin`, `objective` and `local_step`, `finish`, `report` at the
+    client; `valid_report`, `reweigh`, `serve` at the server; `personal_model` and `unseen_model` when it is judged.
     """
 
     name: ClassVar[str]
     goal: ClassVar[str]
+    source: ClassVar[str] = "McMahan et al. 2017"
+    label: ClassVar[Label] = "faithful"
+    """How close to its source: from the paper's or released formulas, with named corrections, or a design of ours."""
+    reports: ClassVar[tuple[Report, ...]] = ()
+    """All that leaves a client beside its shared tensors; anything else is turned away by the server."""
+    personal: ClassVar[bool] = False
+    """Clients are judged on models of their own."""
+    shares_nothing: ClassVar[bool] = False
+    """No parameter of the model leaves a client."""
+    individuals: ClassVar[str] = ""
+    """Why the server must see single updates; empty where their sum is enough."""
+    own_rule: ClassVar[str] = ""
+    """Why no other rule can combine the updates; empty where any can."""
+    not_private: ClassVar[str] = ""
+    """Why clipping the gradient of each image bounds nothing here; empty where it does."""
+    server_seat: ClassVar[str] = ""
+    """Why nobody can attack from the server's seat; empty where somebody can."""
+
     max_weight: Annotated[
         float | None, Field(gt=0, le=1, description="largest weight of one client; 2/n where not given, 1: no cap")
     ] = None
     uniform: Annotated[bool, Field(description="equal weights, whatever sizes the clients claim")] = False
 
+    # --- before the first round -------------------------------------------------------------------------------------
+
+    def prepare_model(self, model: nn.Module, setting: Setting) -> nn.Module:
+        """Add what the strategy needs to the (already defended) model, seeded by the setting."""
+        return model
+
+    def auxiliary(self) -> tuple[str, ...]:
+        """Beginnings of state keys that serve training alone and are left out of the released checkpoint."""
+        return ()
+
     def local_selectors(self) -> tuple[str, ...]:
-        """Selectors (`key:GLOB` or `type:CLASS`) of the tensors that stay at their client."""
+        """Selectors (`key:GLOB`, `type:CLASS`, `stat`) of the tensors that stay at their client."""
         return ()
 
     def recipe(self, recipe: LocalRecipe) -> LocalRecipe:
         """The strategy's changes to the clients' training."""
         return recipe
 
+    def sharing(self, model: nn.Module) -> Sharing:
+        """Resolve the selectors on a (prepared) model."""
+        return resolve(model, self.local_selectors(), label=self.name, empty=self.shares_nothing)
+
+    def initial_side(self, model: nn.Module, setting: Setting) -> dict[str, Tensor]:
+        """What the server holds beside the model before the first round."""
+        return {}
+
+    # --- at the client ----------------------------------------------------------------------------------------------
+
+    def begin(self, site: Site) -> None:
+        """After the broadcast was loaded into `site.model`, before training; may change what is trained from."""
+
+    def objective(self, site: Site, base: Objective) -> Objective:
+        """What a step minimises, given what it would without this strategy."""
+        return base
+
+    def local_step(self, step: LocalStep, site: Site) -> LocalStep:
+        """Wrap the optimiser's step. Defenses wrap the result, so that they clip what is really sent."""
+        return step
+
+    def finish(self, site: Site) -> None:
+        """After training, before the update is taken: keep what the client needs next time in `site.own`."""
+
+    def report(self, site: Site) -> dict[str, Tensor]:
+        """The declared side reports of this turn."""
+        return {}
+
+    def wire(self, site: Site) -> Wire | None:
+        """How short the update is on the wire; None: every shared number travels as float32."""
+        return None
+
+    @property
+    def final_epochs(self) -> int:
+        """Epochs that every client trains for itself after the last round; what comes out never leaves it."""
+        return 0
+
+    # --- at the server ----------------------------------------------------------------------------------------------
+
+    def received(self, state: ServerState, client: int) -> Mapping[str, Tensor]:
+        """What this client is sent beside the model; all of `state.side` by default."""
+        return state.side
+
     def weights(self, sizes: Mapping[int, int | None]) -> dict[int, float]:
-        """Client -> weight, summing to 1; equal weights where a size is hidden."""
+        """Client -> weight, summing to 1 over those present; equal weights where a size is hidden."""
         n = len(sizes)
         known = [s for s in sizes.values() if s is not None]
         if self.uniform or len(known) < n or sum(known) == 0:
@@ -60,9 +125,41 @@ class Strategy:
         shares = {client: size / sum(known) for client, size in zip(sizes, known, strict=True)}
         return cap_weights(shares, min(1.0, 2 / n) if self.max_weight is None else max(self.max_weight, 1 / n))
 
-    def sharing(self, model: nn.Module) -> Sharing:
-        """Resolve the selectors on a (prepared) model."""
-        return resolve(model, self.local_selectors(), label=self.name)
+    def valid_report(self, extras: Mapping[str, Tensor]) -> str | None:
+        """What is wrong with a client's reports, whose names and finiteness are already checked."""
+        return None
+
+    def reweigh(
+        self, weights: Mapping[int, float], reports: Mapping[int, Mapping[str, Tensor]], ctx: RoundContext
+    ) -> dict[int, float]:
+        """Weights that look at the reports; the sum over those present must stay 1."""
+        return dict(weights)
+
+    def serve(self, desk: Desk) -> None:
+        """After the new shared model stands: make what else clients will be sent."""
+
+    def visible(self, state: ServerState) -> frozenset[int] | None:
+        """Whose uploads reach the curious party; None: everybody's."""
+        return None
+
+    # --- who is judged ----------------------------------------------------------------------------------------------
+
+    def personal_model(
+        self, model: nn.Module, sharing: Sharing, client: int, state: ServerState, images: Tensor
+    ) -> nn.Module:
+        """What this client uses: its own `params` and `buffers` where it keeps some, else what it is sent.
+
+        `images` are those it trains on, without labels.
+        """
+        own = state.own.get(client, {})
+        params, buffers = own.get("params", state.params_for(client)), own.get("buffers", state.buffers)
+        load(model, sharing, params.to(state.params), buffers.to(state.buffers), state.local.get(client))
+        return model
+
+    def unseen_model(self, model: nn.Module, sharing: Sharing, state: ServerState, images: Tensor) -> nn.Module:
+        """What a client that never took part uses; `images` are its own, without labels."""
+        load(model, sharing, state.params, state.buffers, None)
+        return model
 
 
 def cap_weights(shares: Mapping[int, float], cap: float) -> dict[int, float]:
@@ -84,41 +181,18 @@ def cap_weights(shares: Mapping[int, float], cap: float) -> dict[int, float]:
     return weights
 
 
-def resolve(model: nn.Module, local: tuple[str, ...], label: str) -> Sharing:
-    """Give every tensor of a model its role.
-
-    The normalisation record (a fixed mean and standard deviation) is part of the architecture and never travels.
-
-    Raises:
-        ConfigError: a selector is malformed or matches nothing.
-    """
-    fixed = set(Normalised.normalisation_keys)
-    types = {f"{path}.{n}".lstrip("."): type(m).__name__ for path, m in model.named_modules() for n in own_tensors(m)}
-    chosen: set[str] = set()
-    for selector in local:
-        kind, _, pattern = selector.partition(":")
-        if kind not in ("key", "type") or not pattern:
-            raise ConfigError(f"{label}: selector '{selector}' is not key:GLOB or type:CLASS")
-        subject = {n: n for n in types} if kind == "key" else types
-        found = {name for name, text in subject.items() if fnmatchcase(text, pattern)} - fixed
-        if not found:
-            known = sorted(set(types.values())) if kind == "type" else sorted(types)[:6]
-            raise ConfigError(f"{label}: '{selector}' matches no tensor of the model; it has {', '.join(known)}")
-        chosen |= found
-    params = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    buffers = {n: b for n, b in model.named_buffers() if b.is_floating_point() and n not in fixed}
-    if not params.keys() - chosen:
-        raise ConfigError(f"{label}: every trainable tensor is local; nothing is left to share")
-    return Sharing(
-        params=Layout.of({n: p for n, p in params.items() if n not in chosen}),
-        buffers=Layout.of({n: b for n, b in buffers.items() if n not in chosen}),
-        local=Layout.of({n: t for n, t in {**params, **buffers}.items() if n in chosen}),
-    )
-
-
-def own_tensors(module: nn.Module) -> list[str]:
-    """Names of the parameters and buffers that belong to this module itself."""
-    return [n for n, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))]
+def report_fault(strategy: Strategy, update: Update) -> str | None:
+    """Why a client's side reports are not believed: undeclared, missing, no tensor, not finite, or out of range."""
+    declared = {r.name for r in strategy.reports}
+    if undeclared := sorted(update.extras.keys() - declared):
+        return f"report: {', '.join(undeclared)} is not declared by {strategy.name}"
+    if missing := sorted({r.name for r in strategy.reports if r.required} - update.extras.keys()):
+        return f"report: {', '.join(missing)} is missing"
+    for name, value in update.extras.items():
+        if not isinstance(value, Tensor) or not bool(torch.isfinite(value.double()).all()):
+            return f"report: {name} is not a finite tensor"
+    problem = strategy.valid_report(update.extras)
+    return f"report: {problem}" if problem else None
 
 
 @dataclass(frozen=True)
@@ -143,10 +217,15 @@ class FedSGD(Strategy):
 
 @dataclass(frozen=True)
 class Partial(Strategy):
-    """FedAvg on part of the model: tensors chosen by key or module type stay at their client."""
+    """FedAvg on part of the model: tensors chosen by key or module type stay at their client.
+
+    With the head local, the classification form of FedMRI (Feng et al. 2023): encoder shared, decoder personal.
+    """
 
     name: ClassVar[str] = "partial"
     goal: ClassVar[str] = "FedAvg on part of the model: chosen tensors stay at their client"
+    source: ClassVar[str] = "McMahan et al. 2017; with a local head as in Feng et al. 2023"
+    personal: ClassVar[bool] = True
     local: Annotated[
         str, Field(min_length=1, description="what stays, such as key:net.fc.* or type:BatchNorm2d; join with |")
     ] = "type:Linear"

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,18 @@ from torch import Tensor
 from fedsec import checkpoint
 from fedsec.federation.assemble import Federation
 from fedsec.federation.budget import Budget
+from fedsec.federation.desk import ServerState
+from fedsec.federation.engines.base import Engine
 from fedsec.federation.evaluation import curve_point, evaluate
-from fedsec.federation.round import RoundRecord, load, run_round
+from fedsec.federation.round import RoundRecord, run_round, turn_of
+from fedsec.federation.sharing import load
+from fedsec.federation.states import from_tensors, is_plain, to_tensors
 from fedsec.files import write_json
 from fedsec.privacy.ledger import Ledger
 from fedsec.progress import Progress
 from fedsec.types import RoundContext, ServerView, to_json
+
+STATES = "states.safetensors"
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,15 @@ class Training:
     """Of the data set."""
     releases: int = 0
     """Events of this training in the run's ledger."""
+    states: Mapping[int, ServerState] = field(default_factory=dict)
+    """Simulation only: round -> everything behind the snapshot, where parameters and buffers do not say everything."""
+
+    def state(self, number: int, federation: Federation) -> ServerState:
+        """The server and the clients as they were when this round began, on the federation's device."""
+        if number in self.states:
+            return self.states[number].copy(federation.device)
+        params, buffers = (t.to(federation.device) for t in self.snapshots[number])
+        return ServerState(params, buffers, federation.initial_state().local)
 
     def save(self, folder: Path, federation: Federation) -> None:
         """Write the training to a folder that appears whole or not at all."""
@@ -55,11 +70,18 @@ class Training:
                 for name, t in zip(("params", "buffers"), pair, strict=True)
             }
             checkpoint.save(temporary / "snapshots.safetensors", tensors, {})
+            behind = {k: t for r, s in self.states.items() for k, t in to_tensors(s, f"round-{r}").items()}
+            if behind:
+                checkpoint.save(temporary / STATES, behind, {})
             load(federation.seats.model, federation.seats.sharing, *self.snapshots[max(self.snapshots)], None)
-            checkpoint.save(
-                temporary / "model.safetensors", federation.seats.model.state_dict(), model_record(federation)
-            )
-            text = {k: v for k, v in vars(self).items() if k != "snapshots"}
+            released = {
+                k: t
+                for k, t in federation.seats.model.state_dict().items()
+                if not k.startswith(federation.seats.strategy.auxiliary() or ("\0",))
+            }
+            if federation.seats.sharing.params.size:  # where nothing is shared, nothing is released
+                checkpoint.save(temporary / "model.safetensors", released, model_record(federation))
+            text = {k: v for k, v in vars(self).items() if k not in ("snapshots", "states")}
             write_json(temporary / "training.json", {**text, "rounds_kept": sorted(self.snapshots)})
             if folder.exists():
                 shutil.rmtree(folder)
@@ -79,6 +101,9 @@ class Training:
             return None
         tensors, _ = checkpoint.load(folder / "snapshots.safetensors")
         snapshots = {r: (tensors[f"round-{r}/params"], tensors[f"round-{r}/buffers"]) for r in kept}
+        if (folder / STATES).is_file():
+            behind, _ = checkpoint.load(folder / STATES)
+            content["states"] = {r: from_tensors(*snapshots[r], behind, f"round-{r}") for r in kept}
         content["history"], content["notes"] = tuple(content["history"]), tuple(content["notes"])
         return cls(snapshots=snapshots, **content)
 
@@ -124,7 +149,7 @@ def train(
     settings = federation.cell.federation
     state = federation.initial_state()
     keep = set(keep)
-    snapshots: dict[int, tuple[Tensor, Tensor]] = {}
+    states: dict[int, ServerState] = {}
     history: list[dict[str, Any]] = []
     start = time.perf_counter()
     training_seconds = 0.0
@@ -133,21 +158,24 @@ def train(
         for number in range(1, settings.rounds + 1):
             ctx = RoundContext(federation.cell.seed, number, settings.rounds)
             if number in keep:
-                snapshots[number] = (state.params.cpu().clone(), state.buffers.cpu().clone())
+                states[number] = state.copy()
             present = federation.participation.select(len(federation.clients), ctx)
             present, limits = budget.admit(present, ctx)
             record = run_round(federation.seats, state, present, ctx, engine.train, limits, watch)
             training_seconds += record.seconds
-            auc = curve_point(federation, state.params, state.buffers, state.local)
+            auc = curve_point(federation, state)
             history.append(_plain(record, auc))
             progress.advance(number, f"validation AUC {auc:.3f}" + _trouble(record))
-    snapshots[settings.rounds + 1] = (state.params.cpu(), state.buffers.cpu())
-    utility = evaluate(federation, state.params, state.buffers, state.local)
+        if federation.seats.strategy.final_epochs:
+            polish_all(federation, state, engine)
+    states[settings.rounds + 1] = state.copy()
+    utility = evaluate(federation, state)
     budget.close()
     uploads = [r["upload_bytes"] for r in history if r["upload_bytes"]]
     sent = uploads[-1] if uploads else 0
     return Training(
-        snapshots=snapshots,
+        snapshots={r: (s.params, s.buffers) for r, s in states.items()},
+        states={r: s for r, s in states.items() if not is_plain(s)},
         history=tuple(history),
         utility=utility,
         privacy=privacy_spent(federation, budget),
@@ -169,9 +197,19 @@ def train(
     )
 
 
+def polish_all(federation: Federation, state: ServerState, engine: Engine) -> None:
+    """After the last round, every client trains on for itself; nothing of it is sent."""
+    rounds = federation.cell.federation.rounds
+    ctx = RoundContext(federation.cell.seed, rounds + 1, rounds)
+    turns = [turn_of(federation.seats, state, k, ctx) for k in range(len(federation.clients))]
+    for reply in engine.train([replace(turn, keep=True) for turn in turns]):
+        if reply.failure is None:
+            state.own[reply.client] = dict(reply.own)
+
+
 def plain_bytes(federation: Federation) -> int:
     """Bytes of one unprotected upload: four for each shared number."""
-    return 4 * (federation.seats.sharing.params.size + federation.seats.sharing.buffers.size)
+    return federation.seats.sharing.upload_bytes
 
 
 def privacy_spent(federation: Federation, budget: Budget) -> dict[str, Any]:
@@ -180,7 +218,7 @@ def privacy_spent(federation: Federation, budget: Budget) -> dict[str, Any]:
     if claim is None:
         return {}
     result = asdict(claim)
-    result["per_client"] = {federation.partition.names[k]: e for k, e in claim.per_client.items()}
+    result["per_client"] = {federation.owners[k]: e for k, e in claim.per_client.items()}
     return result
 
 

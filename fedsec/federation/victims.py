@@ -15,8 +15,9 @@ from torch import Tensor
 
 from fedsec.errors import ConfigError, PayloadError, RunError
 from fedsec.federation.assemble import Federation
+from fedsec.federation.desk import ServerState
 from fedsec.federation.local import shuffled_batches
-from fedsec.federation.round import Seats, ServerState, Turn, aggregate, broadcast, client_turn, collect, server_view
+from fedsec.federation.round import Seats, aggregate, client_turn, collect, server_view, turn_of
 from fedsec.federation.training import Training
 from fedsec.findings import VictimPlan
 from fedsec.types import LocalRecipe, RoundContext, ServerView
@@ -47,7 +48,9 @@ def choose(federation: Federation, plan: VictimPlan) -> list[tuple[int, np.ndarr
     """(client, data set rows) of each victim: a function of data, partition and seed, whatever the defense."""
     rng = RoundContext(federation.cell.seed, 0, 0).numpy("victims")
     owned = federation.rows if plan.split == "train" else federation.partition.deal(federation.dataset, "test")
+    seen = federation.seats.strategy.visible(federation.initial_state())
     pools = {k: list(rng.permutation(rows)) for k, rows in enumerate(owned) if len(rows) >= plan.batch}
+    pools = {k: rows for k, rows in pools.items() if seen is None or k in seen}
     victims: list[tuple[int, np.ndarray]] = []
     count = max(1, plan.images // plan.batch)
     while len(victims) < count and pools:
@@ -88,9 +91,8 @@ def observe(federation: Federation, training: Training, plan: VictimPlan) -> tup
     victims = victims_of(federation, plan)
     seats = replace(federation.seats, recipe=victim_recipe(federation.seats.recipe, plan))
     for index, victim in victims:
-        params, buffers = (t.to(federation.device) for t in training.snapshots[victim.round])
+        state = training.state(victim.round, federation)
         ctx = victim_context(federation, victim, index)
-        state = ServerState(params, buffers, federation.initial_state().local)
         batch = victim.images.to(federation.device), victim.labels.to(federation.device)
         labels = victim.labels if plan.oracle_labels else None
         views.append(upload_view(federation, seats, state, victim.client, batch, plan, ctx, labels))
@@ -132,8 +134,7 @@ def upload_view(
     for client in range(len(federation.clients)) if hidden else [victim]:
         x, y = batch if client == victim else _bystander(federation, client, plan.batch, draw or ctx)
         batches = local_batches(seats.recipe, len(x), ctx.for_client(client))
-        params = broadcast(seats, state.params, client, ctx)
-        turn = Turn(client, params, state.buffers, ctx.for_client(client), state.local.get(client))
+        turn = turn_of(seats, state, client, ctx)
         try:
             replies.append(client_turn(seats, turn, x, y, batches))
         except PayloadError as error:

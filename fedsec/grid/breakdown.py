@@ -189,12 +189,13 @@ class _Judge:
 
     def _scores(self, federation: Federation, cell: Cell) -> tuple[np.ndarray, np.ndarray]:
         from fedsec.experiment import training_key_of
-        from fedsec.federation.evaluation import scores_by_client
+        from fedsec.federation.desk import ServerState
+        from fedsec.federation.evaluation import shared_scores
         from fedsec.federation.training import Training
 
         kept = Training.open(self.folder.artifacts(training_key_of(cell)), (), federation.dataset.fingerprint)
         assert kept is not None, "a finished cell has its training"
         params, buffers = (t.to(federation.device) for t in kept.snapshots[cell.federation.rounds + 1])
-        pieces = scores_by_client(federation, "test", params, buffers, {})
+        pieces = shared_scores(federation, "test", ServerState(params, buffers))
         scores, labels = zip(*((s.numpy(), y.numpy()) for s, y in pieces), strict=True)
         return np.concatenate(scores), np.concatenate(labels)
