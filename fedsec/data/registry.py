@@ -160,7 +160,7 @@ def _of_path(path: Path, layout: str | None = None) -> tuple[str, str]:
             "those that are known, and how to bring your own table or folders of classes",
         )
     if TABLE.search(path.name):
-        return CSV, CSV
+        return path.name.partition(".")[0], CSV
     if path.suffix != ".npz":
         raise DataError("D01", f"{path}: neither an npz file nor a folder nor a table (CSV)")
     sized = SIZED.fullmatch(path.stem)
