@@ -38,11 +38,15 @@ class PlainStep:
         """One SGD step."""
         self.optimizer.zero_grad(set_to_none=True)
         with penalties(self.model) as extra:
-            loss = self.loss(self.model(x), y)
+            loss = self.objective(x, y)
         loss = loss + sum(extra) if extra else loss
         loss.backward()
         self.optimizer.step()
         return loss.detach()
+
+    def objective(self, x: Tensor, y: Tensor) -> Tensor:
+        """Mean loss over the images."""
+        return self.loss(self.model(x), y)
 
 
 def shuffled_batches(size: int, recipe: LocalRecipe, generator: torch.Generator) -> Iterator[Tensor]:

@@ -26,6 +26,7 @@ from fedsec.errors import PayloadError
 from fedsec.federation.aggregate import WeightedMean
 from fedsec.federation.footprint import changed_images, footprint
 from fedsec.federation.local import PlainStep, train_locally
+from fedsec.federation.planted import Planted
 from fedsec.federation.screening import screen
 from fedsec.federation.strategy import Sharing, Strategy
 from fedsec.types import LocalRecipe, Payload, Peers, RoundContext, ServerView, Update, sorted_by_client
@@ -47,6 +48,8 @@ class Seats:
     """Clients that the attack controls."""
     root: tuple[Tensor, Tensor] | None = None
     """Images and labels of the server's own, for rules that ask for them."""
+    planted: Planted | None = None
+    """Canaries that are gradients or clients; audit only."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,8 @@ class Reply:
     failure: str | None = None
     tampered: int = 0
     """Images that an adversary's client changed or gave another label."""
+    seen: Any = None
+    """Audit only: what the local steps showed of each canary image."""
 
 
 @dataclass
@@ -130,9 +135,14 @@ def client_update(
     """
     model, sharing, ctx = seats.model, seats.sharing, turn.ctx
     load(model, sharing, turn.params, turn.buffers, turn.local)
+    planted = seats.planted if seats.planted is not None and not seats.planted.of_clients else None
     step: LocalStep = PlainStep(model, seats.recipe)
+    if planted is not None:
+        step = planted.step(model, seats.recipe, seats.defenses, ctx)
     for defense in seats.defenses:
         step = defense.local_step(step, ctx)
+    if planted is not None:
+        step = planted.witness(step, seats.recipe, seats.defenses, ctx, len(x))
     loss, steps = train_locally(step, x, y, seats.recipe, ctx, batches, turn.max_steps)
     tensors = dict(model.state_dict(keep_vars=True))
     update = Update(
@@ -166,7 +176,8 @@ def client_turn(seats: Seats, turn: Turn, x: Tensor, y: Tensor, batches: Iterabl
     local = None
     if seats.sharing.local.size:
         local = seats.sharing.local.flatten(dict(seats.model.state_dict(keep_vars=True)))
-    return Reply(turn.client, content, local, loss, steps, time.perf_counter() - start, tampered=tampered)
+    seen = seats.planted.seen() if seats.planted is not None else None
+    return Reply(turn.client, content, local, loss, steps, time.perf_counter() - start, tampered=tampered, seen=seen)
 
 
 @torch.no_grad()
@@ -208,6 +219,10 @@ def run_round(
     failed = {r.client: r.failure for r in replies if r.failure is not None}
     replies = [r for r in replies if r.failure is None]
     payloads = collect(seats, replies, ctx, state.params)
+    if seats.planted is not None:
+        for reply in replies:
+            seats.planted.collect(reply.client, reply.seen)
+        payloads = sorted_by_client([*payloads, *seats.planted.payloads(seats.defenses, seats.aggregator, ctx)])
     state.local.update({r.client: r.local for r in replies if r.local is not None})
 
     if seats.root is not None and seats.aggregator.needs_root:

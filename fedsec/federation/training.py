@@ -43,6 +43,8 @@ class Training:
     """Of the data set."""
     releases: int = 0
     """Events of this training in the run's ledger."""
+    canary_scores: tuple[float, ...] = ()
+    """What gradient and client canaries left behind, in their order; larger: rather included."""
 
     def save(self, folder: Path, federation: Federation) -> None:
         """Write the training to a folder that appears whole or not at all."""
@@ -79,7 +81,8 @@ class Training:
             return None
         tensors, _ = checkpoint.load(folder / "snapshots.safetensors")
         snapshots = {r: (tensors[f"round-{r}/params"], tensors[f"round-{r}/buffers"]) for r in kept}
-        content["history"], content["notes"] = tuple(content["history"]), tuple(content["notes"])
+        for name in ("history", "notes", "canary_scores"):
+            content[name] = tuple(content.get(name, ()))
         return cls(snapshots=snapshots, **content)
 
 
@@ -123,6 +126,7 @@ def train(
             return train(federation, keep, progress, budget, watch)
     settings = federation.cell.federation
     state = federation.initial_state()
+    initial = state.params
     keep = set(keep)
     snapshots: dict[int, tuple[Tensor, Tensor]] = {}
     history: list[dict[str, Any]] = []
@@ -166,7 +170,22 @@ def train(
         ),
         fingerprint=federation.dataset.fingerprint,
         releases=len(budget.events),
+        canary_scores=canary_scores(federation, state.params - initial),
     )
+
+
+def canary_scores(federation: Federation, moved: Tensor) -> tuple[float, ...]:
+    """What an auditor read of every canary that is a gradient or a client; nothing of others.
+
+    Args:
+        moved: (d,) released minus initial parameters.
+    """
+    planted = federation.seats.planted
+    if planted is None:
+        return ()
+    if planted.of_clients:
+        return tuple(planted.directions.project(moved.cpu()).tolist())
+    return tuple(planted.scores.tolist())
 
 
 def plain_bytes(federation: Federation) -> int:
