@@ -43,7 +43,11 @@ class DataConfig:
         Field(description="published parts; new ones by patient; or those without copies of an image in two parts"),
     ] = "official"
     max_train: Annotated[int | None, Field(ge=1, description="use only so many training images")] = None
-    canaries: Annotated[int, Field(ge=0, description="wrongly labelled images, half of them planted, to audit ε")] = 0
+    canaries: Annotated[int, Field(ge=0, description="canaries, half of them planted, to audit ε")] = 0
+    canary: Annotated[
+        Literal["mislabelled", "dirac", "random", "client_dirac", "client_random"],
+        Field(description="wrong labels; gradients of images; or whole clients"),
+    ] = "mislabelled"
 
 
 @dataclass(frozen=True)

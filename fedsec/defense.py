@@ -34,6 +34,20 @@ class LocalStep(Protocol):
     optimizer: torch.optim.Optimizer
 
 
+def prescribed(step: LocalStep, y: Tensor) -> Tensor | None:
+    """(B,) bool: images whose gradient is prescribed by an audit, and passes through no layer; None: none can be.
+
+    A defense that computes gradients layer by layer has to take these images through autograd, one unit at a time.
+    """
+    inner: Any = step
+    while inner is not None:
+        if (marked := getattr(inner, "marked", None)) is not None:
+            found: Tensor = marked(y)
+            return found if bool(found.any()) else None
+        inner = getattr(inner, "inner", None)
+    return None
+
+
 class Defense:
     """Identity by default; override what you need. Hooks are listed in the order in which a round calls them."""
 

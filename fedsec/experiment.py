@@ -242,10 +242,12 @@ def dp_audit(stage: Stage, seed: int) -> dict[str, Any]:
     federation, training = stage.federation, stage.training
     if federation.canaries is None:
         return {}
-    model = federation.build_model(training.snapshots[federation.cell.federation.rounds + 1])
-    x, y = federation.dataset.batch(federation.canaries.rows)
-    found = signals(logits_of(model, x, federation.device), y.numpy(), federation.dataset.task)
-    return audit_claim(found.phi, federation.canaries, training.privacy or None, seed)
+    scores = np.array(training.canary_scores)
+    if federation.canaries.kind == "mislabelled":
+        model = federation.build_model(training.snapshots[federation.cell.federation.rounds + 1])
+        x, y = federation.dataset.batch(federation.canaries.rows)
+        scores = signals(logits_of(model, x, federation.device), y.numpy(), federation.dataset.task).phi
+    return audit_claim(scores, federation.canaries, training.privacy or None, seed)
 
 
 def keep_scores(folder: Path, exam: Exam, findings: Findings) -> None:

@@ -1,7 +1,8 @@
 """What do a class's training images look like, by the released model alone? The plugin `modelinversion`.
 
 MIFace (Fredrikson, Jha & Ristenpart 2015) with total variation, an L2 term and, where the model has them, the stored
-BatchNorm statistics (Yin et al. 2020). What comes out is at best an average of a class, not a patient.
+BatchNorm statistics (Yin et al. 2020); and a search in the latent space of a generative model of public images, the
+idea of Zhang et al. 2020. What comes out is at best an average of a class, not a patient.
 """
 
 from __future__ import annotations
@@ -13,11 +14,15 @@ from pydantic import Field
 
 from fedsec.attack import Attack
 from fedsec.errors import ConfigError
+from fedsec.plugins import nearest
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from fedsec.findings import CandidatePlan, Findings, Target
+
+
+METHODS = ("miface", "generative")
 
 
 @dataclass(frozen=True)
@@ -27,15 +32,31 @@ class ModelInversion(Attack):
     name: ClassVar[str] = "modelinversion"
     seat: ClassVar[Literal["outsider"]] = "outsider"
     goal: ClassVar[str] = (
-        "images of a class from the released model: MIFace with total variation and BatchNorm statistics"
+        "images of a class from the released model: MIFace with total variation and BatchNorm statistics, or a "
+        "generative prior of public images"
     )
 
+    methods: Annotated[str, Field(description="joined by +: miface on pixels, generative with a public prior")] = (
+        "miface+generative"
+    )
     steps: Annotated[int, Field(ge=1, description="of Adam")] = 500
     lr: Annotated[float, Field(gt=0, description="of Adam")] = 0.1
     starts: Annotated[int, Field(ge=1, description="from noise; two more start at the public class mean")] = 8
     tv: Annotated[float, Field(ge=0, description="weight of total variation")] = 1e-4
     l2: Annotated[float, Field(ge=0, description="weight of the squared norm")] = 1e-5
     bn: Annotated[float, Field(ge=0, description="weight of the distance to BatchNorm statistics")] = 0.1
+    epochs: Annotated[int, Field(ge=1, description="generative: passes of the prior over the public images")] = 60
+    typical: Annotated[float, Field(ge=0, description="generative: weight of how usual the image is")] = 1e-3
+
+    def __post_init__(self) -> None:
+        for method in self.asked:
+            if method not in METHODS:
+                raise ConfigError(f"modelinversion: unknown method '{method}': {nearest(method, METHODS)}")
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """The methods, each once."""
+        return tuple(dict.fromkeys(self.methods.split("+")))
 
     def candidates(self) -> CandidatePlan:
         """It asks about no image; the frame compares what it makes with members and non-members."""
@@ -55,13 +76,24 @@ class ModelInversion(Attack):
         if target.candidates.task == "multilabel":
             raise ConfigError("modelinversion: needs exclusive classes; this task has several labels an image")
         model = target.released().to(target.device).eval()
+        prior = None
+        if "generative" in self.asked:
+            from .prior import trained
+
+            prior = trained(target.public.images, target.ctx.generator("modelinversion/prior"), self.epochs)
+            prior = prior.to(target.device)
         found = []
         classes = [int(c) for c in target.candidates.labels.unique()]
-        for label in classes:
-            start = self.start(label, target)
-            images, objective, sure = self.invert(model, label, start)
-            order = objective.argsort()
-            found.append(Prototype(label, images[order].cpu(), tuple(float(v) for v in sure[order])))
+        for method in self.asked:
+            for label in classes:
+                if method == "generative":
+                    assert prior is not None
+                    images, objective, sure = self.search(model, label, prior, target)
+                else:
+                    images, objective, sure = self.invert(model, label, self.start(label, target))
+                order = objective.argsort()
+                best = tuple(float(v) for v in sure[order])
+                found.append(Prototype(label, images[order].cpu(), best, method))
         assumptions: dict[str, Any] = {"prior": target.public.name, "view": "released model, white box"}
         return Findings(assumptions=assumptions, prototypes=tuple(found))
 
@@ -93,6 +125,24 @@ class ModelInversion(Attack):
         with torch.no_grad():
             objective, sure = self.objective(model, label, x)
         return x.detach(), objective.detach(), sure.detach()
+
+    def search(self, model: nn.Module, label: int, prior: nn.Module, target: Target) -> tuple[Tensor, Tensor, Tensor]:
+        """As `invert`, in the latent space of a generative prior: −ln p of the class plus how unusual the image is."""
+        import torch
+
+        generator = target.ctx.generator(f"modelinversion/latent/{label}")
+        z = torch.randn(self.starts + 2, prior.latent, generator=generator).to(target.device).requires_grad_(True)
+        optimiser = torch.optim.Adam([z], lr=self.lr)
+        for step in range(self.steps + 1):
+            with StatisticsGap(model) as gaps:
+                images = prior(z)
+                log_p = torch.log_softmax(model(images), 1)[:, label]
+            objective = self.typical * z.square().sum(1) - log_p
+            objective = objective + self.bn * sum(gaps) / len(z) if gaps else objective
+            if step < self.steps:
+                (z.grad,) = torch.autograd.grad(objective.sum(), z)
+                optimiser.step()
+        return images.detach(), objective.detach(), log_p.exp().detach()
 
     def objective(self, model: nn.Module, label: int, x: Tensor) -> tuple[Tensor, Tensor]:
         """(R,) of each image, and the confidence in the class."""

@@ -8,14 +8,26 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsec.data.canaries import Canaries
-from fedsec.errors import ConfigError
+from fedsec.data.canaries import Canaries, CanaryKind
 from fedsec.privacy import auditing
 from fedsec.privacy.auditing import ERROR, SHARE
 from fedsec.types import RoundContext
 
 LARGE_SHARE = 0.05
+MOST = 15.0
+"""Claimed ε above which no number of canaries would do."""
 GRID = (0.05, 0.1, 0.2, 0.5, 1.0)
+BLACK_BOX = "black box: sees the released model's outputs alone"
+STEPS = "white box: sees the released sum of every training step, and the sampling rate"
+MODELS = "white box: sees the initial and the released model"
+ADVERSARY: Mapping[CanaryKind, tuple[str, str]] = {
+    "mislabelled": (BLACK_BOX, "log-odds of the wrong label"),
+    "dirac": (STEPS, "log-likelihood ratio along the canary's coordinate"),
+    "random": (STEPS, "log-likelihood ratio along the canary's direction"),
+    "client_dirac": (MODELS, "change of the model in the canary's coordinate"),
+    "client_random": (MODELS, "change of the model along the canary's direction"),
+}
+"""Kind -> who is simulated, and what is scored."""
 Verdict = Literal["contradicted", "investigate", "consistent", "uninformative", "no claim"]
 
 
@@ -63,7 +75,6 @@ def audit_claim(
     canaries: Canaries,
     claim: Mapping[str, Any] | None,
     seed: int,
-    unit: str = "sample",
 ) -> dict[str, Any]:
     """Claimed against audited.
 
@@ -74,8 +85,11 @@ def audit_claim(
     Raises:
         ConfigError: the claim protects another unit than the canaries test.
     """
-    if claim is not None and claim.get("unit", unit) != unit:
-        raise ConfigError(f"the claim protects a {claim['unit']}, these canaries test a {unit}: no comparison")
+    unit, remarks = canaries.unit, []
+    if claim is not None:
+        canaries.check_unit(str(claim.get("unit", unit)))
+        if claim.get("unit", unit) == "patient":
+            remarks.append("a canary is one image: what it proves holds for patients too, who may give away more")
     delta = float(claim["delta"]) if claim else 1e-5
     included = canaries.included
     rows = bounds(scores, included, delta, seed)
@@ -89,8 +103,9 @@ def audit_claim(
         "included": int(included.sum()),
         "share": canaries.share,
         "inclusion_hash": canaries.commitment,
-        "adversary": "black box: sees the released model's outputs alone",
-        "score": "log-odds of the wrong label",
+        "kind": canaries.kind,
+        "adversary": ADVERSARY[canaries.kind][0],
+        "score": ADVERSARY[canaries.kind][1],
         "delta": delta,
         "bounds": rows,
         "proven": epsilon,
@@ -98,10 +113,14 @@ def audit_claim(
         "claimed": float(claim["epsilon"]) if claim else None,
         "verdict": name,
         "sentence": text,
-        "remarks": [] if canaries.share <= LARGE_SHARE else [
-            f"canaries are {canaries.share:.0%} of the training images: this is not the production model"
-        ],
-    }  # fmt: skip
+        "remarks": remarks + ([] if canaries.share <= LARGE_SHARE else [large_share(canaries)]),
+    }
+
+
+def large_share(canaries: Canaries) -> str:
+    """That the training with canaries is another than without."""
+    what = "clients" if canaries.unit == "client" else "training images"
+    return f"canaries are {canaries.share:.0%} of the {what}: this is not the production model"
 
 
 def verdict(
@@ -115,16 +134,17 @@ def verdict(
     if proved > claim:
         return "contradicted", f"claimed epsilon refuted: {said}, and this audit proves at least {proved:.2f}"
     if ceiling < claim:
-        needed = canaries_needed(claim)
         return (
             "uninformative",
-            f"{said}; with these canaries no audit can prove more than {ceiling:.1f}: plant {needed:,}",
+            f"{said}; with these canaries no audit can prove more than {ceiling:.1f}: {plant_more(claim)}",
         )
     if assumed > claim:
         return "investigate", f"{said}; a bound that rests on an assumption says {assumed:.2f}: investigate"
     return "consistent", f"{said}. This audit proves at least {proved:.2f} and {could}"
 
 
-def canaries_needed(epsilon: float) -> int:
-    """Canaries from which the all-right ceiling ln m − 1.1 exceeds an ε."""
-    return int(np.ceil(np.exp(epsilon + 1.1)))
+def plant_more(epsilon: float) -> str:
+    """How many canaries raise the all-right ceiling, ln m − 1.1, above an ε."""
+    if epsilon > MOST:
+        return "so large a claim promises nothing, and nothing can refute it"
+    return f"plant {int(np.ceil(np.exp(epsilon + 1.1))):,}"

@@ -15,12 +15,12 @@ from fedsec.audit import cohort as cohorts
 from fedsec.audit.attributes import compare_traits
 from fedsec.audit.cohort import Cohort
 from fedsec.audit.inversion import compare_prototypes
-from fedsec.audit.membership import measured, sentence
+from fedsec.audit.membership import by_stratum, leaks, measured, most_exposed, sentence
 from fedsec.audit.source import compare_sources
 from fedsec.data.base import Dataset
 from fedsec.federation.assemble import Federation
 from fedsec.federation.shadows import parity, train_shadows
-from fedsec.findings import CandidatePlan, Candidates, Findings, PublicData, Target
+from fedsec.findings import CandidatePlan, Candidates, Findings, MembershipScores, PublicData, Target
 from fedsec.machine import usable_cores
 from fedsec.progress import Progress
 from fedsec.types import RoundContext, ServerView
@@ -81,6 +81,21 @@ class Exam:
         """See `traits_of`."""
         return traits_of(self.dataset)
 
+    def classes(self) -> np.ndarray[Any, Any]:
+        """(N,) name of each candidate's class; empty where it may have several."""
+        labels = np.asarray(self.dataset.labels)[self.cohort.rows]
+        if labels.ndim > 1:
+            return np.full(len(labels), "")
+        return np.asarray(np.array(self.dataset.class_names)[labels.astype(int)])
+
+    def strata(self) -> dict[str, np.ndarray[Any, Any]]:
+        """Groups of patients in which membership is also measured."""
+        return {"class": self.classes(), **{k: v[self.cohort.rows] for k, v in self.traits().items()}}
+
+    def exposed(self, item: MembershipScores) -> np.ndarray[Any, Any]:
+        """Positions among the candidates of the members that a method recognises best."""
+        return most_exposed(item, self.cohort)
+
     def judge(self, findings: Findings) -> dict[str, Any]:
         """Every measure that the findings allow, beside what is known without the model."""
         rng = RoundContext(self.seed, 0, 0).numpy("audit-judge")
@@ -94,6 +109,12 @@ class Exam:
                 "checks": [check.to_json() for check in self.cohort.checks],
                 "nonmembers": self.cohort.origin,
             }
+            if "headline" in table and self.cohort.valid:
+                chosen = next(m for m in findings.memberships if m.method == table["headline"]["method"])
+                table["strata"] = by_stratum(chosen, self.cohort, self.strata(), rng)
+                if leaks(table["headline"]):
+                    names, counts = np.unique(self.classes()[self.exposed(chosen)], return_counts=True)
+                    table["exposed"] = dict(zip(names.tolist(), counts.tolist(), strict=True))
             if self.federation is not None and any(item.shadows for item in findings.memberships):
                 table["parity"] = parity(self.federation, len(self.cohort.rows))
             result["membership"] = table

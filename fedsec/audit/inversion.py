@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
 
+from fedsec import models
+from fedsec.federation.local import PlainStep, train_locally
 from fedsec.findings import Prototype
 from fedsec.metrics.image import psnr
+from fedsec.metrics.membership import Interval
+from fedsec.metrics.signals import logits_of
+from fedsec.metrics.statistics import clopper_pearson
+from fedsec.types import LocalRecipe, RoundContext
 
 if TYPE_CHECKING:
     from fedsec.audit.exam import Exam
 
 SPLITS = 1000
+NETWORK, SIDE = "cnn", 32
+RECIPE = LocalRecipe("multiclass", 2, lr=0.02, momentum=0.9, weight_decay=0.0, batch_size=32, epochs=10, steps=None)
+"""How the independent model is trained."""
 LIMIT = 0.01
 
 
@@ -25,7 +37,8 @@ def compare_prototypes(prototypes: Sequence[Prototype], exam: Exam, generator: n
     Returns:
         `classes`, a row each; `log10p`, −log10 of the smallest p after Bonferroni, 0 where the ratio is not below 1.
     """
-    rows = [_compare(item, exam, generator) for item in prototypes]
+    judge = independent(exam)
+    rows = [_compare(item, exam, generator, judge) for item in prototypes]
     smallest = min((min(1.0, row["p"] * len(rows)) for row in rows if row["ratio"] < 1), default=1.0)
     leak = smallest < LIMIT
     better = [row for row in rows if row["psnr_gain"] > 0]
@@ -34,13 +47,55 @@ def compare_prototypes(prototypes: Sequence[Prototype], exam: Exam, generator: n
         f"(p = {smallest:.3f}): the model gives away training images"
         if leak
         else "What inversion recovers is at best the average of a class, not a patient: it lies no closer to training "
-        f"images than to held-out ones (smallest corrected p {smallest:.2f}), and beats the public mean image in "
-        f"{len(better)} of {len(rows)} classes"
+        f"images than to held-out ones (smallest corrected p {smallest:.2f}), and {len(better)} of {len(rows)} "
+        "attempts are nearer to them than the public mean image is"
     )
-    return {"classes": rows, "log10p": float(-np.log10(max(smallest, 1e-12))), "leak": leak, "verdict": text}
+    return {
+        "classes": rows,
+        "log10p": float(-np.log10(max(smallest, 1e-12))),
+        "leak": leak,
+        "independent": {"model": judge.name, "accuracy": judge.accuracy},
+        "verdict": text,
+    }
 
 
-def _compare(item: Prototype, exam: Exam, generator: np.random.Generator) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Independent:
+    """A model of its own architecture and weights, trained on public images: is it sure of the class, too?"""
+
+    name: str
+    network: nn.Module
+    side: int
+    accuracy: Interval
+    """On non-members."""
+
+    def confidence(self, images: Tensor, label: int) -> float:
+        """Its probability of a class for the first of the images."""
+        x = F.adaptive_avg_pool2d(images[:1], self.side)
+        return float(torch.softmax(torch.from_numpy(logits_of(self.network, x)), 1)[0, label])
+
+
+def independent(exam: Exam) -> Independent:
+    """A small convolutional net, trained on the population: what fools only the attacked model fails here."""
+    dataset, cohort = exam.dataset, exam.cohort
+    side = min(SIDE, min(dataset.image_shape[1:]))
+    network = models.build(
+        NETWORK, num_classes=dataset.num_classes, in_channels=dataset.image_shape[0], image_size=side, seed=exam.seed
+    )
+
+    def small(rows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        x, y = dataset.batch(rows)
+        return F.adaptive_avg_pool2d(x, side), y
+
+    train_locally(PlainStep(network, RECIPE), *small(cohort.population), RECIPE, RoundContext(exam.seed, 1, 1, 0))
+    x, y = small(cohort.rows[~cohort.member])
+    right = logits_of(network, x).argmax(1) == y.numpy()
+    low, high = (float(v) for v in clopper_pearson(right.sum(), len(right)))
+    accuracy = Interval(float(right.mean()), low, high, len(right), "clopper-pearson")
+    return Independent(f"{NETWORK}, {len(cohort.population):,} public images", network, side, accuracy)
+
+
+def _compare(item: Prototype, exam: Exam, generator: np.random.Generator, judge: Independent) -> dict[str, Any]:
     cohort, dataset = exam.cohort, exam.dataset
     labels = np.asarray(dataset.labels)
     own = labels[cohort.rows] == item.label
@@ -48,14 +103,14 @@ def _compare(item: Prototype, exam: Exam, generator: np.random.Generator) -> dic
     size = min(len(inside), len(outside))
     inside, outside = (generator.choice(rows, size, replace=False) for rows in (inside, outside))
     members, others = (_standard(dataset.batch(rows)[0]) for rows in (inside, outside))
-    population = cohort.population[labels[cohort.population] == item.label]
-    mean = dataset.batch(population)[0].mean(0, keepdim=True)
+    mean = public_mean(exam, item.label)
     ratio, p = ratio_test(_standard(item.images[:1]), members, others, generator)
     mean_ratio, _ = ratio_test(_standard(mean), members, others, generator)
     truth = dataset.batch(inside)[0]
     quality = [float(psnr(x.expand_as(truth), truth).mean()) for x in (item.images[:1], mean)]
     return {
         "label": dataset.class_names[item.label],
+        "method": item.method,
         "ratio": ratio,
         "p": p,
         "mean_ratio": mean_ratio,
@@ -63,8 +118,16 @@ def _compare(item: Prototype, exam: Exam, generator: np.random.Generator) -> dic
         "mean_psnr": quality[1],
         "psnr_gain": quality[0] - quality[1],
         "confidence": item.confidence[0],
+        "independent_confidence": judge.confidence(item.images, item.label),
         "images": size,
     }
+
+
+def public_mean(exam: Exam, label: int) -> Tensor:
+    """(1, C, H, W) mean of the public images of a class; of all, where there is none."""
+    population = exam.cohort.population
+    own = population[np.asarray(exam.dataset.labels)[population] == label]
+    return exam.dataset.batch(own if len(own) else population)[0].mean(0, keepdim=True)
 
 
 def ratio_test(image: Tensor, members: Tensor, others: Tensor, generator: np.random.Generator) -> tuple[float, float]:

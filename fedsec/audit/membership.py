@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,8 @@ Array = NDArray[np.float64]
 KEYS = {1e-2: "tpr_at_1pct_fpr", 1e-3: "tpr_at_01pct_fpr"}
 ROC_POINTS = 200
 STRATUM = 200
+EXPOSED = 8
+"""Images of the most exposed members that a report shows."""
 
 
 def measured(
@@ -60,6 +62,7 @@ def measured(
             "auc": corrected[best],
             "advantage": attacks[best]["advantage"],
             **{key: tpr_at(members, others, rate, 1 - level) for rate, key in KEYS.items()},
+            "spread": spread(members, others),
         }
     n1, n0 = int(cohort.member.sum()), int((~cohort.member).sum())
     if min(n1, n0) > 0:
@@ -78,13 +81,46 @@ def log_curve(members: Array, others: Array) -> list[list[float]]:
     return [[round(float(fpr[i]), 6), round(float(tpr[i]), 6)] for i in index if fpr[i] > 0]
 
 
+def spread(members: Array, others: Array, bins: int = 20) -> dict[str, list[float]]:
+    """Share of each side's images by the rank of their score among non-members: flat without a leak."""
+    order = np.sort(others)
+    edges = np.linspace(0, 1, bins + 1)
+
+    def shares(scores: Array) -> list[float]:
+        below = (np.searchsorted(order, scores, side="left") + np.searchsorted(order, scores, side="right")) / 2
+        counts = np.histogram(below / len(order), edges)[0]
+        return [round(float(v), 5) for v in counts / len(scores)]
+
+    return {"edges": edges.round(4).tolist(), "members": shares(members), "others": shares(others)}
+
+
+def leaks(head: Mapping[str, Any]) -> bool:
+    """Does the headline's interval exclude guessing?"""
+    tpr = head["tpr_at_1pct_fpr"]
+    return bool(head["auc"].low > 0.5 or (isinstance(tpr, Interval) and tpr.low > tpr_rate(tpr)))
+
+
+def tpr_rate(tpr: Interval) -> float:
+    """The false-positive rate that a TPR was measured at."""
+    return float((tpr.extra or {})["fpr"])
+
+
+def most_exposed(item: MembershipScores, cohort: Cohort, count: int = EXPOSED) -> NDArray[np.int64]:
+    """Positions of the members with the largest scores: the auditor's own images, never part of any JSON."""
+    scores = np.where(cohort.member & ~np.isnan(item.scores), item.scores, -np.inf)
+    return np.argsort(-scores, kind="stable")[: min(count, int(cohort.member.sum()))]
+
+
 def by_stratum(
-    item: MembershipScores, cohort: Cohort, strata: dict[str, NDArray[np.str_]], generator: np.random.Generator
+    item: MembershipScores, cohort: Cohort, strata: Mapping[str, NDArray[np.str_]], generator: np.random.Generator
 ) -> list[dict[str, Any]]:
-    """AUC within each class, hospital, sex …: averages hide an exposed minority. Holm-corrected for their number.
+    """AUC within each class, hospital, sex …: averages hide an exposed minority.
 
     Args:
         strata: column -> (N,) value of each candidate; groups below 200 a side are not shown.
+
+    Returns:
+        a row each; their intervals hold together (Bonferroni).
     """
     rows: list[dict[str, Any]] = []
     for column, values in strata.items():
@@ -92,7 +128,15 @@ def by_stratum(
             here = (values == value) & ~np.isnan(item.scores)
             members, others = item.scores[here & cohort.member], item.scores[here & ~cohort.member]
             if min(len(members), len(others)) >= STRATUM:
-                rows.append({"column": column, "value": str(value), "scores": (members, others)})
+                rows.append(
+                    {
+                        "column": column,
+                        "value": str(value),
+                        "members": len(members),
+                        "nonmembers": len(others),
+                        "scores": (members, others),
+                    }
+                )
     for row in rows:
         members, others = row.pop("scores")
         row["auc"] = auc(members, others, generator=generator, draws=1000, level=1 - 0.05 / len(rows))

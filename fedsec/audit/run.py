@@ -13,18 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from fedsec import __version__, plugins
 from fedsec.attack import Attack
 from fedsec.audit import exports, gates, page
 from fedsec.audit.exam import Exam
 from fedsec.audit.gates import Side
+from fedsec.audit.inversion import public_mean
+from fedsec.audit.membership import leaks
+from fedsec.audit.page import Picture
 from fedsec.audit.subjects import Said, Subject, of_file, of_run
 from fedsec.errors import ConfigError, RefusedError
 from fedsec.files import write_json, write_text
-from fedsec.findings import Findings
+from fedsec.findings import Findings, MembershipScores
 from fedsec.machine import prepare_for_small_networks
-from fedsec.metrics.membership import Interval
 from fedsec.metrics.signals import logits_of, signals
 from fedsec.plugins import PluginSpec
 from fedsec.progress import Progress
@@ -91,7 +94,7 @@ def audit(
     else:
         subject = of_file(path, said, data_dir, cache or Path(tempfile.gettempdir()) / "fedsec-audit", progress)
     refuse(subject.exam, wanted.allow_shift)
-    result, images, notes = ask(subject.exam, attacks, progress)
+    result, pictures, notes = ask(subject.exam, attacks, progress)
     if subject.dp:
         result["dp_audit"] = subject.dp
     thresholds = gates.gate(result, wanted.fail_above, wanted.fail_on)
@@ -119,7 +122,7 @@ def audit(
             "timings": {"seconds": round(time.perf_counter() - start, 1), "cpu_seconds": round(time.process_time(), 1)},
         }
     )
-    write(report, images, wanted)
+    write(report, pictures, wanted)
     return report
 
 
@@ -157,25 +160,61 @@ def refuse(exam: Exam, allow_shift: bool) -> None:
             raise RefusedError(f"{check.message}{hint}")
 
 
-def ask(
-    exam: Exam, attacks: Sequence[Attack], progress: Progress
-) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]], list[str]]:
+@dataclass
+class Pictures:
+    """Images for the page: they are of patients, or made from a model of patients, and go nowhere else."""
+
+    recovered: list[Picture] = field(default_factory=list)
+    exposed: list[Picture] = field(default_factory=list)
+
+
+def ask(exam: Exam, attacks: Sequence[Attack], progress: Progress) -> tuple[dict[str, Any], Pictures, list[str]]:
     """Every attack's findings, judged; images for the report; and notes."""
     result: dict[str, Any] = {}
-    images: dict[str, np.ndarray[Any, Any]] = {}
+    pictures = Pictures()
     notes: list[str] = []
     for attack in attacks:
         plan = attack.candidates()
         assert plan is not None
         progress.stage(attack.name, 1)
         findings = attack.conclude(exam.target(plan)) or Findings()
-        result |= exam.judge(findings)
+        judged = exam.judge(findings)
+        result |= judged
         notes += findings.notes
-        for prototype in findings.prototypes:
-            caption = f"{exam.dataset.class_names[prototype.label]}: best attempt"
-            images[caption] = prototype.images[0].permute(1, 2, 0).cpu().numpy()
+        pictures.recovered += recovered(exam, findings)
+        if "exposed" in judged.get("membership", {}):
+            method = judged["membership"]["headline"]["method"]
+            pictures.exposed = exposed(exam, next(m for m in findings.memberships if m.method == method))
         progress.advance(1)
-    return result, images, notes
+    return result, pictures, notes
+
+
+def recovered(exam: Exam, findings: Findings) -> list[Picture]:
+    """The best attempt at each class, beside the mean of public images."""
+    found: list[Picture] = []
+    shown: set[int] = set()
+    for item in findings.prototypes:
+        name = exam.dataset.class_names[item.label]
+        found.append((f"{name}: best attempt, {item.method}", _pixels(item.images[0])))
+        if item.label not in shown:
+            found.append((f"{name}: mean of public images", _pixels(public_mean(exam, item.label)[0])))
+            shown.add(item.label)
+    return found
+
+
+def exposed(exam: Exam, item: MembershipScores) -> list[Picture]:
+    """The training images that a method recognises best, without anything that names them."""
+    places = exam.exposed(item)
+    images, _ = exam.dataset.batch(exam.cohort.rows[places])
+    names = exam.classes()[places]
+    return [
+        (f"member {i} of those recognised best" + (f", {name}" if name else ""), _pixels(x))
+        for i, (name, x) in enumerate(zip(names, images, strict=True), 1)
+    ]
+
+
+def _pixels(x: Tensor) -> np.ndarray[Any, Any]:
+    return np.asarray(x.permute(1, 2, 0).cpu())
 
 
 def model_works(exam: Exam) -> dict[str, Any]:
@@ -215,19 +254,18 @@ def outcome(result: Mapping[str, Any], subject: Subject, failed: bool, refuted: 
     if not subject.exam.cohort.valid:
         return {"kind": "invalid", "title": "Not evidence of memorisation: the comparison is not valid"}
     head = result.get("membership", {}).get("headline", {})
-    tpr = head.get("tpr_at_1pct_fpr")
-    leak = (head and head["auc"].low > 0.5) or (isinstance(tpr, Interval) and tpr.low > 0.01)
-    if leak:
+    if head and leaks(head):
         return {"kind": "leak", "title": "This model gives away who was in its training data"}
     return {"kind": "pass", "title": "This audit found no evidence of leakage; see what it could have missed"}
 
 
-def write(report: Mapping[str, Any], images: Mapping[str, np.ndarray[Any, Any]], wanted: Wanted) -> None:
+def write(report: Mapping[str, Any], pictures: Pictures, wanted: Wanted) -> None:
     """The files that were asked for, each whole or not at all."""
     if wanted.json:
         write_json(wanted.json, report)
     if wanted.report:
-        write_text(wanted.report, page.render(report, images, wanted.redact))
+        page_text = page.render(report, pictures.recovered, pictures.exposed, wanted.redact)
+        write_text(wanted.report, page_text)
     if wanted.junit:
         write_text(wanted.junit, exports.junit(report))
     if wanted.sarif:

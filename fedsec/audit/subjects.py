@@ -52,8 +52,18 @@ class Said:
     model: str | None = None
     epsilon: float | None = None
     delta: float = 1e-5
-    unit: str = "sample"
+    unit: str | None = None
+    """Of the claim; None: the run's own, or one image."""
     seed: int = 0
+
+    def claim(self, unit: str) -> dict[str, Any]:
+        """What is claimed, for one image, patient or client."""
+        return {
+            "epsilon": self.epsilon,
+            "delta": self.delta,
+            "unit": self.unit or unit,
+            "accountant": "claimed by the user",
+        }
 
 
 def of_run(folder: Path, cell_id: str | None, data_dir: Path | None, said: Said, progress: Progress) -> Subject:
@@ -79,7 +89,8 @@ def of_run(folder: Path, cell_id: str | None, data_dir: Path | None, said: Said,
     exam = of_training(federation, released, views, folder / "artifacts", progress)
     claim: Mapping[str, Any] | None = training.privacy or None
     if said.epsilon is not None:
-        claim = {"epsilon": said.epsilon, "delta": said.delta, "unit": said.unit, "accountant": "claimed by the user"}
+        own = training.privacy.get("unit") or (federation.canaries.unit if federation.canaries else "sample")
+        claim = said.claim(own)
         training = replace(training, privacy=dict(claim))
     return Subject(exam, opened, claim, dp_audit(Stage(federation, training), cell.seed))
 
@@ -133,7 +144,7 @@ def of_file(path: Path, said: Said, data_dir: Path | None, cache: Path, progress
     )
     claim = None
     if said.epsilon is not None:
-        claim = {"epsilon": said.epsilon, "delta": said.delta, "unit": said.unit, "accountant": "claimed by the user"}
+        claim = said.claim("sample")
     return Subject(exam, opened, claim, {})
 
 

@@ -24,6 +24,7 @@ FILE = click.Path(path_type=Path)
 @click.option("--attack", multiple=True, metavar="NAME[:KEY=VALUE,…]", help="Attack; repeat (default: all that apply).")
 @click.option("--shadow", type=int, default=8, help="Shadow models, an even number (default 8).")
 @click.option("--claimed-epsilon", type=float, help="Claim to compare with; a run folder knows its own.")
+@click.option("--unit", metavar="UNIT", help="What the claim protects: sample, patient, client (default: the run's).")
 @click.option("--delta", type=float, default=1e-5, help="Of the claim (default 1e-5).")
 @click.option("--fail-above", multiple=True, metavar="KEY=VALUE", help="Exit 1 above; auc, tpr_at_1pct_fpr, epsilon …")
 @click.option("--fail-on", type=click.Choice(["lower", "point", "upper"]), default="lower", help="What is compared.")
@@ -64,6 +65,7 @@ def command(
         model=options["architecture"],
         epsilon=options["claimed_epsilon"],
         delta=options["delta"],
+        unit=options["unit"],
         seed=options["seed"],
     )
     wanted = Wanted(

@@ -25,6 +25,7 @@ PLACES = {
     "strategy": ("federation", "strategy"),
     "participation": ("federation", "participation"),
     "canaries": ("data", "canaries"),
+    "canary": ("data", "canary"),
     "shadow_rules": ("federation", "shadow_rules"),
     "engine": ("federation", "engine"),
     "device": ("federation", "device"),
@@ -63,7 +64,8 @@ PLACES = {
 @click.option(
     "--shadow-rules", metavar="RULE+RULE", help="Robust rules to evaluate on the same updates without applying them."
 )
-@click.option("--canaries", type=int, help="Wrongly labelled images to audit a claimed epsilon with (default 0).")
+@click.option("--canaries", type=int, help="Canaries to audit a claimed epsilon with (default 0).")
+@click.option("--canary", metavar="KIND", help="mislabelled, dirac, random, client_dirac or client_random.")
 @click.option("--engine", metavar="NAME", help="serial, processes or auto.")
 @click.option("--device", metavar="NAME", help="cpu, cuda, cuda:N or auto.")
 @click.option("--seed", type=int, help="Seed of everything random (default 0).")

@@ -28,6 +28,7 @@ from fedsec.federation.engines.base import ClientData, Engine
 from fedsec.federation.engines.processes import Processes
 from fedsec.federation.engines.serial import Serial
 from fedsec.federation.participation import Participation
+from fedsec.federation.planted import with_planted
 from fedsec.federation.round import Seats
 from fedsec.federation.sharing import load
 from fedsec.federation.strategy import Strategy
@@ -245,8 +246,12 @@ def assemble(cell: Cell, data_dir: Path | None = None) -> Federation:
     dealt = partition(dataset, train_rows, cell.data, default_clients(cell, dataset), cell.seed)
     if not cell.data.canaries:
         return federate(cell, dataset, dealt)
-    dataset, dealt, canaries = plant(dataset, dealt, cell.data.canaries, cell.seed)
-    return replace(federate(cell, dataset, dealt), canaries=canaries)
+    dataset, given, canaries = plant(dataset, dealt, cell.data.canaries, cell.seed, cell.data.canary)
+    federation = replace(federate(cell, dataset, given), canaries=canaries)
+    for claim in (d.privacy() for d in federation.seats.defenses):
+        if claim is not None:
+            canaries.check_unit(claim.unit)
+    return federation if canaries.kind == "mislabelled" else with_planted(federation, canaries, dealt)
 
 
 def federate(cell: Cell, dataset: Dataset, dealt: Partition) -> Federation:

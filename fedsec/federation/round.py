@@ -26,6 +26,7 @@ from fedsec.federation.aggregate import WeightedMean
 from fedsec.federation.desk import Desk, ServerState, Site
 from fedsec.federation.footprint import changed_images, footprint
 from fedsec.federation.local import PlainStep, plain_objective, train_locally
+from fedsec.federation.planted import Planted
 from fedsec.federation.screening import screen
 from fedsec.federation.sharing import Sharing, load
 from fedsec.federation.strategy import Strategy, report_fault
@@ -48,6 +49,8 @@ class Seats:
     """Clients that the attack controls."""
     root: tuple[Tensor, Tensor] | None = None
     """Images and labels of the server's own, for rules that ask for them."""
+    planted: Planted | None = None
+    """Canaries that are gradients or clients; audit only."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,8 @@ class Reply:
     """Images that an adversary's client changed or gave another label."""
     own: Mapping[str, Tensor] = field(default_factory=dict)
     """Simulation only: what the client's strategy keeps for its next turn."""
+    seen: Any = None
+    """Audit only: what the local steps showed of each canary image."""
 
 
 @dataclass(frozen=True)
@@ -141,9 +146,15 @@ def train_at(
     site = Site(turn.client, seats.model, sharing, turn.params, seats.recipe, ctx, own, turn.received, x, y)
     strategy.begin(site)
     objective = strategy.objective(site, plain_objective(seats.recipe.task))
-    step: LocalStep = strategy.local_step(PlainStep(site.model, seats.recipe, objective), site)
+    planted = seats.planted if seats.planted is not None and not seats.planted.of_clients else None
+    plain = PlainStep(site.model, seats.recipe, objective)
+    if planted is not None:
+        plain = planted.step(site.model, seats.recipe, objective, seats.defenses, ctx)
+    step: LocalStep = strategy.local_step(plain, site)
     for defense in seats.defenses:
         step = defense.local_step(step, ctx)
+    if planted is not None:
+        step = planted.witness(step, seats.recipe, seats.defenses, ctx, len(site.x))
     site.loss, steps = train_locally(step, site.x, site.y, seats.recipe, ctx, batches, turn.max_steps)
     strategy.finish(site)
     update = Update(
@@ -196,7 +207,9 @@ def client_turn(seats: Seats, turn: Turn, x: Tensor, y: Tensor, batches: Iterabl
     update, site, steps = train_at(seats, turn, x, y, batches)
     content = update if malicious else seats.aggregator.encode(update, turn.ctx)
     seconds = time.perf_counter() - start
-    return Reply(turn.client, content, _local(seats), site.loss, steps, seconds, tampered=tampered, own=site.own)
+    seen = seats.planted.seen() if seats.planted is not None else None
+    local = _local(seats)
+    return Reply(turn.client, content, local, site.loss, steps, seconds, tampered=tampered, own=site.own, seen=seen)
 
 
 # --- the server's seat ------------------------------------------------------------------------------------------
@@ -223,6 +236,10 @@ def run_round(
     failed = {r.client: r.failure for r in replies if r.failure is not None}
     replies = [r for r in replies if r.failure is None]
     payloads = collect(seats, replies, ctx, state.params)
+    if seats.planted is not None:
+        for reply in replies:
+            seats.planted.collect(reply.client, reply.seen)
+        payloads = sorted_by_client([*payloads, *seats.planted.payloads(seats.defenses, seats.aggregator, ctx)])
     state.local.update({r.client: r.local for r in replies if r.local is not None})
     state.own.update({r.client: dict(r.own) for r in replies if r.own})
     state.trained.update(r.client for r in replies)

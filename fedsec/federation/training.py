@@ -51,6 +51,8 @@ class Training:
     """Events of this training in the run's ledger."""
     states: Mapping[int, ServerState] = field(default_factory=dict)
     """Simulation only: round -> everything behind the snapshot, where parameters and buffers do not say everything."""
+    canary_scores: tuple[float, ...] = ()
+    """What gradient and client canaries left behind, in their order; larger: rather included."""
 
     def state(self, number: int, federation: Federation) -> ServerState:
         """The server and the clients as they were when this round began, on the federation's device."""
@@ -104,7 +106,8 @@ class Training:
         if (folder / STATES).is_file():
             behind, _ = checkpoint.load(folder / STATES)
             content["states"] = {r: from_tensors(*snapshots[r], behind, f"round-{r}") for r in kept}
-        content["history"], content["notes"] = tuple(content["history"]), tuple(content["notes"])
+        for name in ("history", "notes", "canary_scores"):
+            content[name] = tuple(content.get(name, ()))
         return cls(snapshots=snapshots, **content)
 
 
@@ -148,6 +151,7 @@ def train(
             return train(federation, keep, progress, budget, watch)
     settings = federation.cell.federation
     state = federation.initial_state()
+    initial = state.params.clone()
     keep = set(keep)
     states: dict[int, ServerState] = {}
     history: list[dict[str, Any]] = []
@@ -194,6 +198,7 @@ def train(
         ),
         fingerprint=federation.dataset.fingerprint,
         releases=len(budget.events),
+        canary_scores=canary_scores(federation, state.params - initial),
     )
 
 
@@ -205,6 +210,20 @@ def polish_all(federation: Federation, state: ServerState, engine: Engine) -> No
     for reply in engine.train([replace(turn, keep=True) for turn in turns]):
         if reply.failure is None:
             state.own[reply.client] = dict(reply.own)
+
+
+def canary_scores(federation: Federation, moved: Tensor) -> tuple[float, ...]:
+    """What an auditor read of every canary that is a gradient or a client; nothing of others.
+
+    Args:
+        moved: (d,) released minus initial parameters.
+    """
+    planted = federation.seats.planted
+    if planted is None:
+        return ()
+    if planted.of_clients:
+        return tuple(planted.directions.project(moved.cpu()).tolist())
+    return tuple(planted.scores.tolist())
 
 
 def plain_bytes(federation: Federation) -> int:

@@ -24,6 +24,7 @@ ERROR = 0.05
 SHARE = 0.1
 """Of the canaries that are guessed, half at each end; fixed before anybody looks (spec §4.5)."""
 LARGEST = 60.0
+LARGE_T = 30.0
 ANDERSON = 1.035
 """Critical value at 1 % of the Anderson-Darling statistic with both moments fitted (Stephens 1974, table 4)."""
 
@@ -189,15 +190,12 @@ def shift_limit(mu: float, n1: int, n0: int, error: float = ERROR) -> float:
     last term is the error of the pooled standard deviation: without it the limit is too high in 8 % of all audits at
     μ = 1.67, not 5 %.
     """
-    if n1 + n0 >= 100:
-        return mu + float(ndtri(error)) * math.sqrt(1 / n1 + 1 / n0 + mu * mu / (2 * (n1 + n0)))
     scale = math.sqrt(1 / n1 + 1 / n0)
     t, freedom = mu / scale, n1 + n0 - 2
-    return (
-        float(brentq(lambda m: nct.sf(t, freedom, m / scale) - error, mu - 6 * scale - 1, mu + 6 * scale + 1))
-        if t
-        else 0.0
-    )
+    if n1 + n0 >= 100 or abs(t) > LARGE_T:  # beyond, the non-central t distribution underflows
+        return mu + float(ndtri(error)) * math.sqrt(scale**2 + mu * mu / (2 * (n1 + n0)))
+    width = 6 * math.sqrt(scale**2 + mu * mu / (2 * freedom)) + 1
+    return float(brentq(lambda m: nct.sf(t, freedom, m / scale) - error, mu - width, mu + width)) if t else 0.0
 
 
 def anderson(x: ArrayLike) -> float:

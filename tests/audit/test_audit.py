@@ -22,7 +22,9 @@ from fedsec import data as data_sets
 from fedsec.audit.run import Wanted, audit
 from fedsec.audit.subjects import Said
 from fedsec.cli import run as command_line
+from fedsec.config import Cell, read_resolved
 from fedsec.errors import ConfigError, RefusedError, UnsafeFileError
+from fedsec.experiment import training_key_of
 from tests.audit.networks import NAME
 from tests.test_checkpoint import Bomb
 
@@ -263,6 +265,21 @@ def test_an_untrained_model_is_at_chance(model: Path) -> None:
     found = audit(model, Said(data=DATA, nonmembers="test"), wanted)
     head = found["membership"]["headline"]["auc"]
     assert head["low"] <= 0.5 <= head["high"] and found["exit_code"] == 0
+
+
+def test_a_model_trained_on_other_images_is_at_chance(overfitted: Path, tmp_path: Path) -> None:
+    """It remembers its own 330 images; of two halves of 2,400 that it never saw it knows nothing."""
+    cell = Cell.from_json(read_resolved(overfitted / "resolved.json")[0])
+    others = "synthetic-cxr:images=3000,shift=0,seed=5"
+    rows = data_sets.load(others).rows(split="train")
+    for name, half in zip("ab", np.array_split(np.random.default_rng(0).permutation(rows), 2), strict=True):
+        (tmp_path / name).write_text("\n".join(map(str, half)))
+    model = overfitted / "artifacts" / training_key_of(cell) / "model.safetensors"
+    said = Said(data=others, members=str(tmp_path / "a"), nonmembers=str(tmp_path / "b"), model=NAME)
+    found = audit(model, said, Wanted(attacks=("membership:methods=loss+label_only",), shadows=0))
+    for attack in found["membership"]["attacks"].values():
+        assert attack["auc"]["low"] <= 0.5 <= attack["auc"]["high"]
+    assert found["outcome"]["kind"] == "pass" and "exposed" not in found["membership"]
 
 
 def test_a_threshold_on_what_was_not_computed_is_a_usage_error(model: Path) -> None:
