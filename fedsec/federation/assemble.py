@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -24,6 +25,7 @@ from fedsec.federation.aggregate import WeightedMean
 from fedsec.federation.engines.base import ClientData, Engine
 from fedsec.federation.engines.processes import Processes
 from fedsec.federation.engines.serial import Serial
+from fedsec.federation.facts import Facts
 from fedsec.federation.participation import Participation
 from fedsec.federation.round import Seats, ServerState, load
 from fedsec.federation.strategy import Strategy
@@ -74,6 +76,10 @@ class Federation:
         settings = self.cell.federation
         if settings.engine == "processes":
             return Processes(self.seats, self.clients, timeout=settings.client_timeout)
+        if settings.engine == "flower":
+            from fedsec.federation.engines.flower import open_engine
+
+            return open_engine(self.seats, self.clients, settings.client_timeout, self.cell.key())
         return Serial(self.seats, self.clients)
 
     def build_model(self, weights: tuple[Tensor, Tensor] | None = None) -> nn.Module:
@@ -94,8 +100,10 @@ def resolve(cell: Cell) -> Cell:
     engine = cell.federation.engine
     if engine == "auto":
         engine = "processes" if device.type == "cpu" and usable_cores() > 1 else "serial"
-    if engine == "processes" and device.type != "cpu":
-        raise ConfigError(f"engine=processes works on the CPU, not on {device}; use engine=serial there")
+    if engine in ("processes", "flower") and device.type != "cpu":
+        raise ConfigError(f"engine={engine} works on the CPU, not on {device}; use engine=serial there")
+    if engine == "flower" and importlib.util.find_spec("flwr") is None:
+        raise ConfigError("engine=flower: Flower is not installed; pip install 'fedsec[flower]', or use processes")
     settings: dict[str, Any] = {**vars(cell.federation), "device": str(device), "engine": engine}
     if cell.federation.local_epochs is None and cell.federation.local_steps is None:
         settings["local_epochs"] = DEFAULT_EPOCHS
@@ -237,16 +245,46 @@ def federate(cell: Cell, dataset: Dataset, dealt: Partition) -> Federation:
     Args:
         cell: a resolved cell. dataset: its data set. dealt: who owns which training images.
     """
+    device = resolve_device(cell.federation.device)
+    if dataset.image_shape[1] != dataset.image_shape[2]:
+        height, width = dataset.image_shape[1:]
+        raise ConfigError(f"{dataset.name}: images are {height}x{width}; give --set data.size=N for square ones")
+    seats, plan, notes = take_seats(cell, Facts.of(dataset, dealt), root_data(dataset, cell.seed, device))
+    parts = {part: dealt.deal(dataset, part) for part in ("val", "test")}
+    return Federation(
+        cell=cell,
+        dataset=dataset,
+        partition=dealt,
+        seats=seats,
+        plan=plan,
+        participation=Participation.parse(cell.federation.participation),
+        clients=tuple(_tensors(dataset, rows, device) for rows in dealt.clients),
+        rows=dealt.clients,
+        evaluation={part: tuple(_tensors(dataset, r, device) for r in rows) for part, rows in parts.items()},
+        test_groups=tuple(dataset.groups()[rows] for rows in parts["test"]),
+        device=device,
+        notes=notes,
+    )
+
+
+def take_seats(
+    cell: Cell, facts: Facts, root: tuple[Tensor, Tensor] | None = None
+) -> tuple[Seats, FederationPlan, tuple[str, ...]]:
+    """Build and prepare the model and calibrate the defenses: the same on every machine that takes part.
+
+    Args:
+        cell: a resolved cell. facts: of the clients' data. root: the server's own images and labels.
+
+    Returns:
+        the seats, the plan that they were calibrated on, and notes for the result.
+    """
     defenses, attack, strategy = build_stack(cell)
     device = resolve_device(cell.federation.device)
-    channels, height, width = dataset.image_shape
-    if height != width:
-        raise ConfigError(f"{dataset.name}: images are {height}x{width}; give --set data.size=N for square ones")
     model: nn.Module = models.build(
         cell.model.name,
-        num_classes=dataset.num_classes,
-        in_channels=channels,
-        image_size=height,
+        num_classes=facts.num_classes,
+        in_channels=facts.image_shape[0],
+        image_size=facts.image_shape[1],
         norm=cell.model.norm,
         seed=RoundContext(cell.seed, 0, 0).entropy("model"),
         **cell.model.options,
@@ -261,8 +299,8 @@ def federate(cell: Cell, dataset: Dataset, dealt: Partition) -> Federation:
     settings = cell.federation
     recipe = strategy.recipe(
         LocalRecipe(
-            task=dataset.task,
-            num_classes=dataset.num_classes,
+            task=facts.task,
+            num_classes=facts.num_classes,
             lr=settings.lr,
             momentum=settings.momentum,
             weight_decay=settings.weight_decay,
@@ -271,19 +309,18 @@ def federate(cell: Cell, dataset: Dataset, dealt: Partition) -> Federation:
             steps=settings.local_steps,
         )
     )
-    patients = dataset.meta.get("patient")
     sharing = strategy.sharing(model)
     plan = FederationPlan(
         recipe=recipe,
         rounds=settings.rounds,
-        client_sizes=tuple(len(rows) for rows in dealt.clients),
-        client_patients=None if patients is None else tuple(len(np.unique(patients[r])) for r in dealt.clients),
+        client_sizes=facts.client_sizes,
+        client_patients=facts.client_patients,
         layout=sharing.params,
-        patient_ids=patient_ids(patients, dealt.clients),
-        clients_per_round=Participation.parse(settings.participation).expected(len(dealt.clients)),
-        weights=tuple(strategy.weights({k: len(rows) for k, rows in enumerate(dealt.clients)}).values()),
+        patient_ids=facts.patient_ids,
+        clients_per_round=Participation.parse(settings.participation).expected(len(facts.client_sizes)),
+        weights=tuple(strategy.weights(dict(enumerate(facts.client_sizes))).values()),
     )
-    defenses = tuple(d.calibrate(plan).measure(model, dataset.image_shape) for d in defenses)
+    defenses = tuple(d.calibrate(plan).measure(model, facts.image_shape) for d in defenses)
     claiming = [d.name for d in defenses if d.privacy() is not None]
     if len(claiming) > 1:
         raise ConfigError(
@@ -300,32 +337,10 @@ def federate(cell: Cell, dataset: Dataset, dealt: Partition) -> Federation:
         defenses=defenses,
         attack=attack,
         aggregator=with_shadows(choose_aggregator(defenses), settings.shadow_rules),
-        malicious=attack.controls(len(dealt.clients)) if attack and attack.seat == "client" else frozenset(),
-        root=root_data(dataset, cell.seed, device),
+        malicious=attack.controls(len(facts.client_sizes)) if attack and attack.seat == "client" else frozenset(),
+        root=root,
     )
-    parts = {part: dealt.deal(dataset, part) for part in ("val", "test")}
-    return Federation(
-        cell=cell,
-        dataset=dataset,
-        partition=dealt,
-        seats=seats,
-        plan=plan,
-        participation=Participation.parse(settings.participation),
-        clients=tuple(_tensors(dataset, rows, device) for rows in dealt.clients),
-        rows=dealt.clients,
-        evaluation={part: tuple(_tensors(dataset, r, device) for r in rows) for part, rows in parts.items()},
-        test_groups=tuple(dataset.groups()[rows] for rows in parts["test"]),
-        device=device,
-        notes=notes,
-    )
-
-
-def patient_ids(patients: np.ndarray | None, clients: tuple[np.ndarray, ...]) -> tuple[tuple[int, ...], ...] | None:
-    """Each client's patients by number, image by image; None where the data set does not know them."""
-    if patients is None or any(str(p) == "" for p in np.unique(patients)):
-        return None
-    codes = np.unique(patients, return_inverse=True)[1]
-    return tuple(tuple(int(c) for c in codes[rows]) for rows in clients)
+    return seats, plan, notes
 
 
 def dataset_of(cell: Cell, data_dir: Path | None = None) -> Dataset:
