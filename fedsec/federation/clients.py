@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fedsec import checkpoint
+from fedsec.data.images import to_tensor
 from fedsec.errors import DataError
 from fedsec.federation.facts import Facts
 
@@ -66,4 +67,7 @@ def _read_npz(path: Path, client: int) -> dict[str, Tensor]:
     if images.dtype != np.uint8 or images.ndim not in (3, 4):
         raise DataError("D09", f"{path}: images must be uint8, (n, height, width) or (n, height, width, channels)")
     y = torch.from_numpy(labels.squeeze(1) if labels.ndim == 2 and labels.shape[1] == 1 else labels)
-    return {"images": to_tensor(images), "labels": y.float() if y.ndim > 1 else y.long()}
+    return {
+        "images": to_tensor(images if images.ndim == 4 else images[..., None]),
+        "labels": y.float() if y.ndim > 1 else y.long(),
+    }

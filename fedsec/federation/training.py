@@ -21,6 +21,7 @@ from fedsec import checkpoint
 from fedsec.federation.assemble import Federation
 from fedsec.federation.budget import Budget
 from fedsec.federation.evaluation import curve_point, evaluate
+from fedsec.federation.resume import LastRound, Saved
 from fedsec.federation.round import RoundRecord, load, run_round
 from fedsec.files import write_json
 from fedsec.privacy.ledger import Ledger
@@ -106,6 +107,7 @@ def train(
     progress: Progress | None = None,
     budget: Budget | None = None,
     watch: Callable[[ServerView], None] | None = None,
+    last_round: LastRound | None = None,
 ) -> Training:
     """Run all rounds.
 
@@ -115,22 +117,29 @@ def train(
         progress: told after every round.
         budget: the ledger; by default one that is thrown away.
         watch: given what reached the server in every round.
+        last_round: where each round is kept once it is over; a training that was cut off goes on from there.
     """
     progress = progress or Progress()
     if budget is None:
         with tempfile.TemporaryDirectory() as folder:
             budget = Budget(federation, Ledger(Path(folder) / "ledger.jsonl"), "train")
-            return train(federation, keep, progress, budget, watch)
+            return train(federation, keep, progress, budget, watch, last_round)
     settings = federation.cell.federation
     state = federation.initial_state()
     keep = set(keep)
     snapshots: dict[int, tuple[Tensor, Tensor]] = {}
     history: list[dict[str, Any]] = []
+    resumed: list[int] = []
+    if last_round is not None and (saved := last_round.saved) is not None:
+        state, snapshots, history, resumed = saved.state, saved.snapshots, saved.history, saved.resumed
+        federation.seats.aggregator.recall(saved.memory)
+        budget.exhausted.update(saved.exhausted)
+        progress.message(f"going on after round {saved.number}, where this training was cut off")
     start = time.perf_counter()
     training_seconds = 0.0
     progress.stage(f"training, defense {federation.cell.label()}", settings.rounds)
     with federation.engine() as engine:
-        for number in range(1, settings.rounds + 1):
+        for number in range(len(history) + 1, settings.rounds + 1):
             ctx = RoundContext(federation.cell.seed, number, settings.rounds)
             if number in keep:
                 snapshots[number] = (state.params.cpu().clone(), state.buffers.cpu().clone())
@@ -140,6 +149,9 @@ def train(
             training_seconds += record.seconds
             auc = curve_point(federation, state.params, state.buffers, state.local)
             history.append(_plain(record, auc))
+            if last_round is not None:
+                memory = federation.seats.aggregator.memory()
+                last_round.keep(Saved(number, state, snapshots, history, memory, budget.exhausted, resumed))
             progress.advance(number, f"validation AUC {auc:.3f}" + _trouble(record))
     snapshots[settings.rounds + 1] = (state.params.cpu(), state.buffers.cpu())
     utility = evaluate(federation, state.params, state.buffers, state.local)
@@ -153,7 +165,9 @@ def train(
         privacy=privacy_spent(federation, budget),
         cost={
             "seconds": round(time.perf_counter() - start, 3),
-            "rounds_per_second": round(settings.rounds / max(training_seconds, 1e-9), 3),
+            "rounds_per_second": round(
+                (settings.rounds - (resumed[-1] if resumed else 0)) / max(training_seconds, 1e-9), 3
+            ),
             "upload_bytes_per_client": sent,
             "expansion": round(sent / max(1, plain_bytes(federation)), 4),
             **({"aggregation": to_json(report)} if (report := federation.seats.aggregator.report()) else {}),
@@ -163,6 +177,7 @@ def train(
             *(n for d in federation.seats.defenses for n in d.notes()),
             *federation.seats.aggregator.notes(),
             *budget.notes(),
+            *(f"the server was stopped after round {n} and went on from there" for n in resumed),
         ),
         fingerprint=federation.dataset.fingerprint,
         releases=len(budget.events),
