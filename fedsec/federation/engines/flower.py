@@ -1,7 +1,7 @@
 """Flower: clients' turns travel as its messages, on this machine (simulation) or many (SuperLink and SuperNodes).
 
 The round stays where it is, in `round.py`: this file is how turns get to the nodes and replies back, and Flower's
-simulation. `flower_app.py` is the app of a deployment. Needs `pip install 'fedsec[flower]'`.
+simulation. `fedsec/deployment` is the app for several machines. Needs `pip install 'fedsec[flower]'`.
 """
 
 from __future__ import annotations
@@ -238,18 +238,18 @@ def simulated_client(path: str) -> ClientApp:
     """The ClientApp of the simulation; small, since it is sent along with every message."""
     app = ClientApp()
 
-    @app.query("hello")
     def hello(message: Message, context: Context) -> Message:
         partition = int(context.node_config["partition-id"])  # the node's own id is another one in every run
         return Message(RecordDict({"hello": ConfigRecord({"clients": [partition]})}), reply_to=message)
 
-    @app.train("turns")
     def turns(message: Message, context: Context) -> Message:
         seats, data = _simulated(path)
         device = next(seats.model.parameters()).device
         asked = unpack_turns(*unwrap(message.content), device)
         return Message(answer(seats, asked, dict(enumerate(data))), reply_to=message)
 
+    app.query("hello")(hello)
+    app.train("turns")(turns)
     return app
 
 
@@ -270,10 +270,11 @@ def simulate(seats: Seats, data: ClientData, timeout: float | None) -> Flower:
     done = threading.Event()
     server = ServerApp()
 
-    @server.main()
     def main(grid: Grid, context: Context) -> None:
         grids.put(grid)
         done.wait()
+
+    server.main()(main)
 
     def run() -> None:
         cores = min(usable_cores(), len(data))

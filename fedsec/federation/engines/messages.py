@@ -175,8 +175,8 @@ def _unpack_content(client: int, found: Mapping[str, Tensor], own: Mapping[str, 
     if "body" in own:
         if not all(isinstance(part, bytes) for part in (*own["body"], own["agreement"], own["digest"])):
             raise ValueError("an envelope that is not bytes")
-        sizes = [_count(size) for size in own["sizes"]]
-        return Envelope(own["agreement"], *sizes, tuple(own["body"]), own["digest"], found.get("clear"))
+        values, buffers = (_count(size) for size in own["sizes"])
+        return Envelope(own["agreement"], values, buffers, tuple(own["body"]), own["digest"], found.get("clear"))
     wire = Wire(*(_count(number) for number in own["wire"])) if "wire" in own else None
     extras = {k.removeprefix("extras/"): t for k, t in found.items() if k.startswith("extras/")}
     return Update(client, found["delta"], own["claimed"], found.get("buffers"), extras, wire)

@@ -28,7 +28,6 @@ def server_app() -> ServerApp:
     """Runs the app's cells and leaves an ordinary run folder on the server; submitted again, it resumes."""
     app = ServerApp()
 
-    @app.main()
     def main(grid: Grid, context: Context) -> None:
         from fedsec.api import run
 
@@ -52,6 +51,7 @@ def server_app() -> ServerApp:
         finally:
             deployed.reset(token)
 
+    app.main()(main)
     return app
 
 
@@ -67,7 +67,7 @@ def owners_of(nodes: dict[str, list[int]], keys: Path) -> dict[int, bytes]:
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
 
-    owners = {}
+    owners: dict[int, bytes] = {}
     for name, clients in nodes.items():
         path = keys / f"{name}.pub"
         try:
@@ -86,7 +86,6 @@ def client_app() -> ClientApp:
     """
     app = ClientApp()
 
-    @app.train("turns")
     def turns(message: Message, context: Context) -> Message:
         prepare_for_small_networks()
         arrays, values = unwrap(message.content)
@@ -98,6 +97,7 @@ def client_app() -> ClientApp:
             return Message(wrap(*pack_replies([error])), reply_to=message)
         return Message(answer(seats, asked, data), reply_to=message)
 
+    app.train("turns")(turns)
     return app
 
 
