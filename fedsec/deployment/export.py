@@ -145,7 +145,7 @@ def _write_app(app: App, facts: Mapping[str, Any], host: str, port: str, data_di
         },
     }
     write_text(app.folder / "pyproject.toml", tomli_w.dumps(project))
-    connection = {"address": f"{host}:{port}", "root-certificates": "certificates/ca.pem"}
+    connection = {"address": f"{host}:{port}", "root-certificates": "HERE/certificates/ca.pem"}
     write_text(app.folder / "flower.toml", tomli_w.dumps({"superlink": {"default": "fedsec", "fedsec": connection}}))
     write_text(app.folder / ".gitignore", "certificates/\nkeys/\nnodes/\nrun/\n*.db\n")
     shutil.copy(certificates.__file__, app.folder / "certificates.py")
@@ -174,6 +174,7 @@ flower-supernode --superlink {host}:{port} --root-certificates certificates/ca.p
         address=f"{host}:{port}",
         host=host,
         port=port,
+        listen=host if host in ("127.0.0.1", "localhost") else "0.0.0.0",
         names=" ".join(app.nodes),
         register="\n".join(f"flwr supernode register keys/{name}.pub fedsec --name {name}" for name in app.nodes),
         starts="\n".join(starts),

@@ -222,15 +222,7 @@ def run_round(
             seats.attack.on_view(view, ctx.adversary())
         if watch is not None:
             watch(view)
-    if result is not None and result.delta is not None:
-        delta = result.delta
-        for defense in reversed(seats.defenses):
-            delta = defense.on_aggregate(delta, ctx)
-        state.params = state.params + delta
-        if result.buffers is not None:
-            state.buffers = result.buffers
-    else:
-        flags.append("no safe aggregate: the model was left as it was")
+    flags += apply(seats, state, result, ctx)
     losses = [r.loss for r in replies if r.loss == r.loss]
     return RoundRecord(
         round=ctx.round,
@@ -246,6 +238,19 @@ def run_round(
         shadows=dict(result.shadows) if result is not None else {},
         **footprint(seats.malicious, replies, payloads, result),
     )
+
+
+def apply(seats: Seats, state: ServerState, result: Aggregation | None, ctx: RoundContext) -> list[str]:
+    """Change the model by the aggregate, as the defenses leave it; returns flags."""
+    if result is None or result.delta is None:
+        return ["no safe aggregate: the model was left as it was"]
+    delta = result.delta
+    for defense in reversed(seats.defenses):
+        delta = defense.on_aggregate(delta, ctx)
+    state.params = state.params + delta
+    if result.buffers is not None:
+        state.buffers = result.buffers
+    return []
 
 
 def root_update(seats: Seats, state: ServerState, ctx: RoundContext) -> Tensor:

@@ -23,6 +23,7 @@ from fedsec.federation.budget import Budget
 from fedsec.federation.evaluation import curve_point, evaluate
 from fedsec.federation.resume import LastRound, Saved
 from fedsec.federation.round import RoundRecord, load, run_round
+from fedsec.federation.streaming import run_streamed, streams
 from fedsec.files import write_json
 from fedsec.privacy.ledger import Ledger
 from fedsec.progress import Progress
@@ -145,7 +146,11 @@ def train(
                 snapshots[number] = (state.params.cpu().clone(), state.buffers.cpu().clone())
             present = federation.participation.select(len(federation.clients), ctx)
             present, limits = budget.admit(present, ctx)
-            record = run_round(federation.seats, state, present, ctx, engine.train, limits, watch)
+            if watch is None and streams(federation.seats, len(present), ctx):
+                sizes = {k: len(federation.clients[k][0]) for k in present}
+                record = run_streamed(federation.seats, state, sizes, ctx, engine.stream, limits)
+            else:
+                record = run_round(federation.seats, state, present, ctx, engine.train, limits, watch)
             training_seconds += record.seconds
             auc = curve_point(federation, state.params, state.buffers, state.local)
             history.append(_plain(record, auc))
