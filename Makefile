@@ -8,7 +8,10 @@ export OMP_NUM_THREADS ?= 1
 # Test processes. Whoever is done takes tests from the other: a few files start whole programs and take minutes.
 JOBS ?= 2
 
-.PHONY: install demo test test-all lint docs clean
+# Flower has a venv of its own that borrows the packages of the first: `make test` shows that nothing needs it.
+FLOWER := .venv-flower
+
+.PHONY: install demo test test-all test-flower test-deployment lint docs clean
 
 install: $(STAMP)
 
@@ -33,8 +36,22 @@ test: lint docs
 test-all: lint docs
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
+$(FLOWER)/.installed: $(STAMP)
+	@test -x $(FLOWER)/bin/python || $(PYTHON) -m venv $(FLOWER)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > "$$($(FLOWER)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/borrowed.pth"
+	$(FLOWER)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[flower]'
+	@touch $@
+
+test-flower: $(FLOWER)/.installed
+	$(FLOWER)/bin/python -m pytest tests/flower -m "not slow"
+
+# A SuperLink and three SuperNodes as processes, and what breaks in them: some ten minutes.
+test-deployment: $(FLOWER)/.installed
+	$(FLOWER)/bin/python -m pytest tests/flower/test_deployment.py -s
+
 docs: install
 	$(BIN)/mkdocs build --strict --quiet
 
 clean:
-	rm -rf $(VENV) site build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(FLOWER) site build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -170,6 +170,13 @@ class Aggregator(ABC):
         """After training: sentences that a reader of the result has to know."""
         return ()
 
+    def memory(self) -> Mapping[str, Any]:
+        """What this rule carries from round to round: tensors, numbers and texts, in nested mappings."""
+        return {}
+
+    def recall(self, memory: Mapping[str, Any]) -> None:  # noqa: B027
+        """Go on from a `memory` of before the server was stopped."""
+
     @property
     def needs_root(self) -> bool:
         """The server has to train on images of its own in every round, and `receive_root` is told the update."""

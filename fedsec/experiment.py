@@ -24,6 +24,7 @@ from fedsec.federation.assemble import Federation, assemble, build_stack
 from fedsec.federation.budget import Budget
 from fedsec.federation.evaluation import attack_success
 from fedsec.federation.interrogation import interrogate
+from fedsec.federation.resume import LastRound
 from fedsec.federation.training import Training, train
 from fedsec.federation.victims import Victim, observe, rounds_of, victims_of
 from fedsec.files import replacing
@@ -218,8 +219,16 @@ def open_stage(
     computed = training is None
     if training is None:
         recorder = history.Recorder() if watched else None
-        training = train(federation, rounds, progress, Budget(federation, ledger, key), recorder)
+        # A distributed run lasts for days, and its server may be restarted; what an adversary wrote down is not kept.
+        distributed = cell.federation.engine == "flower" and recorder is None
+        last = (
+            LastRound(artifacts / f"{key}.last-round", federation.dataset.fingerprint, rounds) if distributed else None
+        )
+        after = last.saved.number if last is not None and last.saved is not None else None
+        training = train(federation, rounds, progress, Budget(federation, ledger, key, after), recorder, last)
         training.save(artifacts / key, federation)
+        if last is not None:
+            last.clear()
         if recorder is not None:
             recorder.save(artifacts / key)
     else:

@@ -26,14 +26,14 @@ LAYERS = [
     {"store", "tradeoff", "plotting"},
     {"charts"},
     {"api", "figures", "report"},
-    {"grid"},
+    {"grid", "deployment"},
     {"cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 HEAVY = {
     "opacus": {"defenses/", "fedsec/privacy/accounting.py"},
     "tenseal": {"defenses/homomorphic/"},
-    "flwr": {"fedsec/federation/engines/flower.py"},
+    "flwr": {"fedsec/federation/engines/flower.py", "fedsec/deployment/app.py"},
     "click": {"fedsec/cli/"},
     "rich": {"fedsec/cli/"},
 }

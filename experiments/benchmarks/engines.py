@@ -24,10 +24,12 @@ from torch import Tensor
 from fedsec import models
 from fedsec.attack import Attack
 from fedsec.defense import Defense
+from fedsec.federation.desk import ServerState
 from fedsec.federation.engines.base import ClientData, Engine
 from fedsec.federation.engines.processes import Processes
 from fedsec.federation.engines.serial import Serial
-from fedsec.federation.round import Seats, ServerState, run_round
+from fedsec.federation.round import run_round
+from fedsec.federation.seats import Seats
 from fedsec.federation.strategy import FedAvg
 from fedsec.machine import prepare_for_small_networks
 from fedsec.types import LocalRecipe, RoundContext, Seat

@@ -24,6 +24,7 @@ COMMANDS = {
     "show": "Print the results of a finished run.",
     "list": "List attacks, defenses, datasets, models or strategies.",
     "data": "Get public data sets, and check your own.",
+    "export": "Write an app that runs the same cells on several machines.",
     "doctor": "Check this installation and machine.",
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ PLACES = {
 )
 @click.option("--canaries", type=int, help="Canaries to audit a claimed epsilon with (default 0).")
 @click.option("--canary", metavar="KIND", help="mislabelled, dirac, random, client_dirac or client_random.")
-@click.option("--engine", metavar="NAME", help="serial, processes or auto.")
+@click.option("--engine", metavar="NAME", help="serial, processes, flower or auto.")
 @click.option("--device", metavar="NAME", help="cpu, cuda, cuda:N or auto.")
 @click.option("--seed", type=int, help="Seed of everything random (default 0).")
 @click.option("--seeds", type=click.IntRange(min=1), help="Run seeds 0 to N-1.")
@@ -102,6 +103,31 @@ def command(
         fedsec run --attack poisoning:fraction=0.3 --defense dos --defense krum --shadow-rules median
         fedsec run --attack gradinversion --defense dp --data ham10000 --partition site --rounds 30
     """
+    tables = tables_of(attack, defense, config, assignments, seed, seeds, no_baseline, options)
+
+    from fedsec.api import run
+    from fedsec.cli.console import ConsoleProgress
+    from fedsec.cli.tables import print_results
+
+    with ConsoleProgress() as progress:
+        result = run(tables, out=out, data_dir=data_dir, progress=progress, debug=debug)
+    if as_json:
+        click.echo(json.dumps(result, indent=1, allow_nan=False))
+    else:
+        print_results(result["cells"], Path(result["run"]))
+
+
+def tables_of(
+    attack: tuple[str, ...],
+    defense: tuple[str, ...],
+    config: Path | None,
+    assignments: tuple[str, ...],
+    seed: int | None,
+    seeds: int | None,
+    no_baseline: bool,
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The configuration that the options spell, on top of a file's."""
     tables = read_tables(config)
     for name, value in options.items():
         if value is not None:
@@ -125,17 +151,7 @@ def command(
 
     for assignment in assignments:
         set_path(tables, assignment)
-
-    from fedsec.api import run
-    from fedsec.cli.console import ConsoleProgress
-    from fedsec.cli.tables import print_results
-
-    with ConsoleProgress() as progress:
-        result = run(tables, out=out, data_dir=data_dir, progress=progress, debug=debug)
-    if as_json:
-        click.echo(json.dumps(result, indent=1, allow_nan=False))
-    else:
-        print_results(result["cells"], Path(result["run"]))
+    return tables
 
 
 def read_tables(path: Path | None) -> dict[str, Any]:

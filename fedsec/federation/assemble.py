@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -27,9 +28,10 @@ from fedsec.federation.desk import ServerState, Setting
 from fedsec.federation.engines.base import ClientData, Engine
 from fedsec.federation.engines.processes import Processes
 from fedsec.federation.engines.serial import Serial
+from fedsec.federation.facts import Facts
 from fedsec.federation.participation import Participation
 from fedsec.federation.planted import with_planted
-from fedsec.federation.round import Seats
+from fedsec.federation.seats import Seats
 from fedsec.federation.sharing import load
 from fedsec.federation.strategy import Strategy
 from fedsec.machine import usable_cores
@@ -89,6 +91,10 @@ class Federation:
         settings = self.cell.federation
         if settings.engine == "processes":
             return Processes(self.seats, self.clients, timeout=settings.client_timeout)
+        if settings.engine == "flower":
+            from fedsec.federation.engines.flower import open_engine
+
+            return open_engine(self.seats, self.clients, settings.client_timeout, self.cell.key())
         return Serial(self.seats, self.clients)
 
     def build_model(self, weights: tuple[Tensor, Tensor] | None = None) -> nn.Module:
@@ -109,8 +115,10 @@ def resolve(cell: Cell) -> Cell:
     engine = cell.federation.engine
     if engine == "auto":
         engine = "processes" if device.type == "cpu" and usable_cores() > 1 else "serial"
-    if engine == "processes" and device.type != "cpu":
-        raise ConfigError(f"engine=processes works on the CPU, not on {device}; use engine=serial there")
+    if engine in ("processes", "flower") and device.type != "cpu":
+        raise ConfigError(f"engine={engine} works on the CPU, not on {device}; use engine=serial there")
+    if engine == "flower" and importlib.util.find_spec("flwr") is None:
+        raise ConfigError("engine=flower: Flower is not installed; pip install 'fedsec[flower]', or use processes")
     cell = topology.settled(cell)
     settings: dict[str, Any] = {**vars(cell.federation), "device": str(device), "engine": engine}
     if cell.federation.local_epochs is None and cell.federation.local_steps is None:
@@ -260,17 +268,48 @@ def federate(cell: Cell, dataset: Dataset, dealt: Partition) -> Federation:
     Args:
         cell: a resolved cell. dataset: its data set. dealt: who owns which training images.
     """
-    defenses, attack, strategy = build_stack(cell)
-    owned, owners = topology.owners(cell, dealt)
     device = resolve_device(cell.federation.device)
-    channels, height, width = dataset.image_shape
-    if height != width:
+    if dataset.image_shape[1] != dataset.image_shape[2]:
+        height, width = dataset.image_shape[1:]
         raise ConfigError(f"{dataset.name}: images are {height}x{width}; give --set data.size=N for square ones")
+    owned, owners = topology.owners(cell, dealt)
+    seats, plan, notes = take_seats(cell, Facts.of(dataset, owned), root_data(dataset, cell.seed, device))
+    parts = {part: dealt.deal(dataset, part) for part in ("val", "test")}
+    return Federation(
+        cell=cell,
+        dataset=dataset,
+        partition=dealt,
+        seats=seats,
+        plan=plan,
+        participation=Participation.parse(cell.federation.participation),
+        clients=tuple(_tensors(dataset, rows, device) for rows in owned),
+        rows=owned,
+        evaluation={part: tuple(_tensors(dataset, r, device) for r in rows) for part, rows in parts.items()},
+        test_groups=tuple(dataset.groups()[rows] for rows in parts["test"]),
+        device=device,
+        notes=notes,
+        owners=owners,
+    )
+
+
+def take_seats(
+    cell: Cell, facts: Facts, root: tuple[Tensor, Tensor] | None = None
+) -> tuple[Seats, FederationPlan, tuple[str, ...]]:
+    """Build and prepare the model and calibrate the defenses: the same on every machine that takes part.
+
+    Args:
+        cell: a resolved cell. facts: of the clients' data. root: the server's own images and labels.
+
+    Returns:
+        the seats, the plan that they were calibrated on, and notes for the result.
+    """
+    defenses, attack, strategy = build_stack(cell)
+    device, count = resolve_device(cell.federation.device), len(facts.client_sizes)
     model: nn.Module = models.build(
         cell.model.name,
-        num_classes=dataset.num_classes,
-        in_channels=channels,
-        image_size=height,
+        num_classes=facts.num_classes,
+        in_channels=facts.image_shape[0],
+        image_size=facts.image_shape[1],
         norm=cell.model.norm,
         seed=RoundContext(cell.seed, 0, 0).entropy("model"),
         **cell.model.options,
@@ -282,11 +321,11 @@ def federate(cell: Cell, dataset: Dataset, dealt: Partition) -> Federation:
         model = defense.prepare_model(model)
 
     settings = cell.federation
-    Participation.parse(settings.participation).check(len(owned))
+    Participation.parse(settings.participation).check(count)
     recipe = strategy.recipe(
         LocalRecipe(
-            task=dataset.task,
-            num_classes=dataset.num_classes,
+            task=facts.task,
+            num_classes=facts.num_classes,
             lr=settings.lr,
             momentum=settings.momentum,
             weight_decay=settings.weight_decay,
@@ -295,21 +334,20 @@ def federate(cell: Cell, dataset: Dataset, dealt: Partition) -> Federation:
             steps=settings.local_steps,
         )
     )
-    setting = Setting(dataset.image_shape, recipe, len(owned), RoundContext(cell.seed, 0, settings.rounds))
+    setting = Setting(facts.image_shape, recipe, count, RoundContext(cell.seed, 0, settings.rounds))
     model = strategy.prepare_model(model, setting).to(device).to(memory_format=torch.channels_last)
-    patients = dataset.meta.get("patient")
     sharing = strategy.sharing(model)
     plan = FederationPlan(
         recipe=recipe,
         rounds=settings.rounds,
-        client_sizes=tuple(len(rows) for rows in owned),
-        client_patients=None if patients is None else tuple(len(np.unique(patients[r])) for r in owned),
+        client_sizes=facts.client_sizes,
+        client_patients=facts.client_patients,
         layout=sharing.params,
-        patient_ids=patient_ids(patients, owned),
-        clients_per_round=Participation.parse(settings.participation).expected(len(owned)),
-        weights=tuple(strategy.weights({k: len(rows) for k, rows in enumerate(owned)}).values()),
+        patient_ids=facts.patient_ids,
+        clients_per_round=Participation.parse(settings.participation).expected(count),
+        weights=tuple(strategy.weights(dict(enumerate(facts.client_sizes))).values()),
     )
-    defenses = tuple(d.calibrate(plan).measure(model, dataset.image_shape) for d in defenses)
+    defenses = tuple(d.calibrate(plan).measure(model, facts.image_shape) for d in defenses)
     claiming = [d.name for d in defenses if d.privacy() is not None]
     if len(claiming) > 1:
         raise ConfigError(
@@ -327,33 +365,10 @@ def federate(cell: Cell, dataset: Dataset, dealt: Partition) -> Federation:
         defenses=defenses,
         attack=attack,
         aggregator=with_shadows(choose_aggregator(defenses), settings.shadow_rules),
-        malicious=attack.controls(len(owned)) if attack and attack.seat == "client" else frozenset(),
-        root=root_data(dataset, cell.seed, device),
+        malicious=attack.controls(count) if attack and attack.seat == "client" else frozenset(),
+        root=root,
     )
-    parts = {part: dealt.deal(dataset, part) for part in ("val", "test")}
-    return Federation(
-        cell=cell,
-        dataset=dataset,
-        partition=dealt,
-        seats=seats,
-        plan=plan,
-        participation=Participation.parse(settings.participation),
-        clients=tuple(_tensors(dataset, rows, device) for rows in owned),
-        rows=owned,
-        evaluation={part: tuple(_tensors(dataset, r, device) for r in rows) for part, rows in parts.items()},
-        test_groups=tuple(dataset.groups()[rows] for rows in parts["test"]),
-        device=device,
-        notes=notes,
-        owners=owners,
-    )
-
-
-def patient_ids(patients: np.ndarray | None, clients: tuple[np.ndarray, ...]) -> tuple[tuple[int, ...], ...] | None:
-    """Each client's patients by number, image by image; None where the data set does not know them."""
-    if patients is None or any(str(p) == "" for p in np.unique(patients)):
-        return None
-    codes = np.unique(patients, return_inverse=True)[1]
-    return tuple(tuple(int(c) for c in codes[rows]) for rows in clients)
+    return seats, plan, notes
 
 
 def dataset_of(cell: Cell, data_dir: Path | None = None) -> Dataset:

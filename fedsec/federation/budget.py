@@ -24,16 +24,20 @@ class Budget:
         federation: as `assemble` gives it.
         ledger: of the whole run.
         training: the training's key.
+        after: the round that was the last of a training that is taken up again.
     """
 
-    def __init__(self, federation: Federation, ledger: Ledger, training: str) -> None:
+    def __init__(self, federation: Federation, ledger: Ledger, training: str, after: int | None = None) -> None:
         self.federation = federation
         self.ledger = ledger
         self.training = training
         self.exhausted: dict[int, int] = {}
         """Client -> the first round that it could not take part in."""
         claim = planned_claim(federation)
-        ledger.begin(training, **header(federation, claim))
+        if after is None:
+            ledger.begin(training, **header(federation, claim))
+        else:
+            ledger.resume(training, after)
         self._used: Counter[int] = Counter()
         for event in ledger.of(training):
             self._used[event.client] += event.count

@@ -12,7 +12,7 @@ from fedsec.types import Payload, Update
 
 if TYPE_CHECKING:
     from fedsec.defense import Aggregation
-    from fedsec.federation.round import Reply
+    from fedsec.federation.seats import Reply
 
 
 def footprint(

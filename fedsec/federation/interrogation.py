@@ -15,7 +15,7 @@ from torch import nn
 from fedsec.attack import Attack
 from fedsec.federation.assemble import Federation
 from fedsec.federation.desk import ServerState
-from fedsec.federation.round import Seats
+from fedsec.federation.seats import Seats
 from fedsec.federation.training import Training
 from fedsec.federation.victims import Victim, upload_view, victim_context, victim_recipe
 from fedsec.findings import PublicData, VictimPlan

@@ -32,7 +32,8 @@ from fedsec.federation.desk import ServerState
 from fedsec.federation.engines.base import ClientData
 from fedsec.federation.engines.serial import Serial
 from fedsec.federation.participation import Participation
-from fedsec.federation.round import Seats, run_round
+from fedsec.federation.round import run_round
+from fedsec.federation.seats import Seats
 from fedsec.findings import Shadows
 from fedsec.machine import prepare_for_small_networks, usable_cores
 from fedsec.progress import Progress

@@ -23,9 +23,12 @@ from fedsec.federation.budget import Budget
 from fedsec.federation.desk import ServerState
 from fedsec.federation.engines.base import Engine
 from fedsec.federation.evaluation import curve_point, evaluate
-from fedsec.federation.round import RoundRecord, run_round, turn_of
+from fedsec.federation.resume import LastRound, Saved
+from fedsec.federation.round import run_round, turn_of
+from fedsec.federation.seats import RoundRecord
 from fedsec.federation.sharing import load
 from fedsec.federation.states import from_tensors, is_plain, to_tensors
+from fedsec.federation.streaming import run_streamed, streams
 from fedsec.files import write_json
 from fedsec.privacy.ledger import Ledger
 from fedsec.progress import Progress
@@ -134,6 +137,7 @@ def train(
     progress: Progress | None = None,
     budget: Budget | None = None,
     watch: Callable[[ServerView], None] | None = None,
+    last_round: LastRound | None = None,
 ) -> Training:
     """Run all rounds.
 
@@ -143,32 +147,46 @@ def train(
         progress: told after every round.
         budget: the ledger; by default one that is thrown away.
         watch: given what reached the server in every round.
+        last_round: where each round is kept once it is over; a training that was cut off goes on from there.
     """
     progress = progress or Progress()
     if budget is None:
         with tempfile.TemporaryDirectory() as folder:
             budget = Budget(federation, Ledger(Path(folder) / "ledger.jsonl"), "train")
-            return train(federation, keep, progress, budget, watch)
+            return train(federation, keep, progress, budget, watch, last_round)
     settings = federation.cell.federation
     state = federation.initial_state()
     initial = state.params.clone()
     keep = set(keep)
     states: dict[int, ServerState] = {}
     history: list[dict[str, Any]] = []
+    resumed: list[int] = []
+    if last_round is not None and (saved := last_round.saved) is not None:
+        state, states, history, resumed = saved.state, saved.states, saved.history, saved.resumed
+        federation.seats.aggregator.recall(saved.memory)
+        budget.exhausted.update(saved.exhausted)
+        progress.message(f"going on after round {saved.number}, where this training was cut off")
     start = time.perf_counter()
     training_seconds = 0.0
     progress.stage(f"training, defense {federation.cell.label()}", settings.rounds)
     with federation.engine() as engine:
-        for number in range(1, settings.rounds + 1):
+        for number in range(len(history) + 1, settings.rounds + 1):
             ctx = RoundContext(federation.cell.seed, number, settings.rounds)
             if number in keep:
                 states[number] = state.copy()
             present = federation.participation.select(len(federation.clients), ctx)
             present, limits = budget.admit(present, ctx)
-            record = run_round(federation.seats, state, present, ctx, engine.train, limits, watch)
+            if watch is None and streams(federation.seats, len(present), ctx):
+                sizes = {k: len(federation.clients[k][0]) for k in present}
+                record = run_streamed(federation.seats, state, sizes, ctx, engine.stream, limits)
+            else:
+                record = run_round(federation.seats, state, present, ctx, engine.train, limits, watch)
             training_seconds += record.seconds
             auc = curve_point(federation, state)
             history.append(_plain(record, auc))
+            if last_round is not None:
+                memory = federation.seats.aggregator.memory()
+                last_round.keep(Saved(number, state, states, history, memory, budget.exhausted, resumed))
             progress.advance(number, f"validation AUC {auc:.3f}" + _trouble(record))
         if federation.seats.strategy.final_epochs:
             polish_all(federation, state, engine)
@@ -185,7 +203,9 @@ def train(
         privacy=privacy_spent(federation, budget),
         cost={
             "seconds": round(time.perf_counter() - start, 3),
-            "rounds_per_second": round(settings.rounds / max(training_seconds, 1e-9), 3),
+            "rounds_per_second": round(
+                (settings.rounds - (resumed[-1] if resumed else 0)) / max(training_seconds, 1e-9), 3
+            ),
             "upload_bytes_per_client": sent,
             "expansion": round(sent / max(1, plain_bytes(federation)), 4),
             **({"aggregation": to_json(report)} if (report := federation.seats.aggregator.report()) else {}),
@@ -195,6 +215,7 @@ def train(
             *(n for d in federation.seats.defenses for n in d.notes()),
             *federation.seats.aggregator.notes(),
             *budget.notes(),
+            *(f"the server was stopped after round {n} and went on from there" for n in resumed),
         ),
         fingerprint=federation.dataset.fingerprint,
         releases=len(budget.events),

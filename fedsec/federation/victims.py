@@ -17,7 +17,8 @@ from fedsec.errors import ConfigError, PayloadError, RunError
 from fedsec.federation.assemble import Federation
 from fedsec.federation.desk import ServerState
 from fedsec.federation.local import shuffled_batches
-from fedsec.federation.round import Seats, aggregate, client_turn, collect, server_view, turn_of
+from fedsec.federation.round import aggregate, client_turn, collect, server_view, turn_of
+from fedsec.federation.seats import Seats
 from fedsec.federation.training import Training
 from fedsec.findings import VictimPlan
 from fedsec.types import LocalRecipe, RoundContext, ServerView

@@ -201,6 +201,20 @@ class Ledger:
         self._write({"type": "training", "training": training, **header})
         self.attempts.append(Attempt(training, header))
 
+    def resume(self, training: str, after: int) -> None:
+        """Go on with the attempt that was cut off after this round; without one, nothing happens.
+
+        What a later round had released already is released again: seeded noise is the same noise and counts once, noise
+        of the operating system counts twice.
+        """
+        if self.attempts and self.attempts[-1].training == training and not self.attempts[-1].finished:
+            self._write({"type": "resumed", "training": training, "after": after})
+            self._forget(after)
+
+    def _forget(self, after: int) -> None:
+        kept = [e for e in self.attempts[-1].events if e.round <= after or getattr(e, "rng", "seeded") != "seeded"]
+        self.attempts[-1] = dataclasses.replace(self.attempts[-1], events=kept)
+
     def record(self, event: Event) -> None:
         """Write an event down, on disk before this returns; call it before the release leaves the client."""
         if not self.attempts:
@@ -260,6 +274,10 @@ class Ledger:
                 if not complete or content["training"] != self.attempts[-1].training:
                     raise ValueError("events are missing before it")
                 self.attempts[-1] = dataclasses.replace(self.attempts[-1], finished=True)
+            elif kind == "resumed":
+                if content["training"] != self.attempts[-1].training:
+                    raise ValueError("it resumes another training")
+                self._forget(int(content["after"]))
             else:
                 event = EVENTS[kind](**content)
                 if not self.attempts:

@@ -27,6 +27,14 @@ class RuleAggregator(Aggregator):
         self._memory: dict[str, Mapping[str, Any]] = {}
         self._turned_away = 0
 
+    def memory(self) -> Mapping[str, Any]:
+        """Of the rule and of its shadows."""
+        return dict(self._memory)
+
+    def recall(self, memory: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        self._memory = dict(memory)
+
     @property
     def needs_root(self) -> bool:
         """The server has to train on images of its own in every round."""

@@ -13,7 +13,8 @@ from fedsec import plugins
 from fedsec.defense import Defense
 from fedsec.federation.engines.processes import Processes
 from fedsec.federation.engines.serial import Serial
-from fedsec.federation.round import Seats, Turn, client_update, run_round
+from fedsec.federation.round import client_update, run_round
+from fedsec.federation.seats import Seats, Turn
 from fedsec.plugins import PluginSpec
 from fedsec.types import FederationPlan, RoundContext
 from tests.federation import toy

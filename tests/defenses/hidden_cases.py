@@ -7,10 +7,12 @@ from typing import Any
 
 from fedsec import plugins
 from fedsec.defense import Defense
+from fedsec.federation.desk import ServerState
 from fedsec.federation.engines.processes import Processes
 from fedsec.federation.engines.serial import Serial
 from fedsec.federation.hidden import HiddenSum
-from fedsec.federation.round import RoundRecord, Seats, ServerState, run_round
+from fedsec.federation.round import run_round
+from fedsec.federation.seats import RoundRecord, Seats
 from fedsec.plugins import PluginSpec
 from fedsec.types import FederationPlan, RoundContext
 from tests.federation import toy

@@ -14,7 +14,8 @@ from fedsec import plugins
 from fedsec.defense import Defense
 from fedsec.errors import ConfigError, RunError
 from fedsec.federation.aggregate import WeightedMean
-from fedsec.federation.round import Turn, client_turn
+from fedsec.federation.round import client_turn
+from fedsec.federation.seats import Turn
 from fedsec.types import FederationPlan, Layout, RoundContext, Update
 from tests.federation import toy
 

@@ -15,7 +15,7 @@ from fedsec.defense import Defense
 from fedsec.errors import ConfigError, PayloadError
 from fedsec.federation.assemble import build_stack
 from fedsec.federation.hidden import Envelope
-from fedsec.federation.round import Seats
+from fedsec.federation.seats import Seats
 from fedsec.types import Peers, RoundContext, Seat, ServerView, Update
 from tests.defenses import hidden_cases as cases
 

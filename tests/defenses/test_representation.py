@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from fedsec import models
 from fedsec.defense import Defense
 from fedsec.errors import ConfigError
-from fedsec.federation.round import Seats, Turn, client_update
+from fedsec.federation.round import client_update
+from fedsec.federation.seats import Seats, Turn
 from fedsec.types import FederationPlan, RoundContext
 from tests.federation import toy
 

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from fedsec.attack import Attack
 from fedsec.defense import Defense
+from fedsec.federation.desk import ServerState
 from fedsec.federation.engines.processes import Processes
 from fedsec.federation.engines.serial import Serial
-from fedsec.federation.round import Seats, ServerState, run_round
+from fedsec.federation.round import run_round
+from fedsec.federation.seats import Seats
 from fedsec.federation.strategy import FedSGD, Partial, Strategy
 from fedsec.models.loss import task_loss
 from fedsec.types import Peers, RoundContext, Seat, ServerView, Update

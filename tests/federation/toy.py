@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedsec.federation.desk import ServerState
 from fedsec.federation.engines.base import ClientData
-from fedsec.federation.round import Seats, ServerState
+from fedsec.federation.seats import Seats
 from fedsec.federation.strategy import FedAvg
 from fedsec.types import LocalRecipe
 

@@ -13,7 +13,8 @@ from fedsec import models
 from fedsec.federation.desk import ServerState, Setting
 from fedsec.federation.engines.base import ClientData
 from fedsec.federation.engines.serial import Serial
-from fedsec.federation.round import RoundRecord, Seats, run_round
+from fedsec.federation.round import run_round
+from fedsec.federation.seats import RoundRecord, Seats
 from fedsec.federation.strategy import Strategy
 from fedsec.types import RoundContext
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Self
 
 from torch import Tensor
 
-from fedsec.federation.round import Reply, Turn
+from fedsec.federation.seats import Reply, Turn
+from fedsec.types import sorted_by_client
 
 ClientData = tuple[tuple[Tensor, Tensor], ...]
 """One (images, labels) pair a client: images (n, C, H, W) float32 in [0, 1]."""
@@ -21,6 +22,10 @@ class Engine(ABC):
     @abstractmethod
     def train(self, turns: Sequence[Turn]) -> list[Reply]:
         """Carry out all turns. A turn that fails gives a reply with its reason; it never raises for one client."""
+
+    def stream(self, turns: Sequence[Turn]) -> Iterator[Reply]:
+        """The same replies one by one in client order; engines that can keep only a few of them in memory."""
+        yield from sorted_by_client(self.train(turns))
 
     def close(self) -> None:
         """Free what the engine holds."""

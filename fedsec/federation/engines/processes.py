@@ -11,7 +11,7 @@ import dataclasses
 import os
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -21,9 +21,10 @@ from torch import Tensor
 
 from fedsec.errors import FedsecError, RunError
 from fedsec.federation.engines.base import ClientData, Engine, reason
-from fedsec.federation.round import Reply, Seats, Turn, client_turn
+from fedsec.federation.round import client_turn
+from fedsec.federation.seats import Reply, Seats, Turn
 from fedsec.machine import COMPILER, prepare_for_small_networks, usable_cores
-from fedsec.types import Payload, Update
+from fedsec.types import Payload, Update, sorted_by_client
 
 START_TIMEOUT = 120.0
 """Seconds that a worker may take to import torch and receive its data."""
@@ -47,15 +48,15 @@ class Processes(Engine):
         self.timeout = timeout
         self.context = mp.get_context("forkserver")
         self.context.set_forkserver_preload(["fedsec.federation.engines.processes", COMPILER])
-        # Row 0 is the common broadcast; each client's update comes back in its own row.
-        self.broadcast = torch.empty(seats.sharing.params.size).share_memory_()
-        self.deltas = torch.empty(len(data), seats.sharing.params.size).share_memory_()
+        # The common broadcast; and a row for each worker, in which an update comes back.
         count = min(workers or usable_cores(), len(data))
-        self.pool = [self._start() for _ in range(count)]
+        self.broadcast = torch.empty(seats.sharing.params.size).share_memory_()
+        self.deltas = torch.empty(count, seats.sharing.params.size).share_memory_()
+        self.pool = [self._start(row) for row in range(count)]
 
-    def _start(self) -> _Worker:
+    def _start(self, row: int) -> _Worker:
         ours, theirs = self.context.Pipe()
-        arguments = (theirs, self.seats, self.data, self.broadcast, self.deltas)
+        arguments = (theirs, self.seats, self.data, self.broadcast, self.deltas[row])
         process = self.context.Process(target=_serve, args=arguments, daemon=True)
         try:
             process.start()
@@ -64,20 +65,37 @@ class Processes(Engine):
                 "worker processes cannot start: put the call under `if __name__ == '__main__':` or use engine='serial'"
             ) from error
         theirs.close()
-        return _Worker(process, ours)
+        return _Worker(process, ours, row)
 
     def train(self, turns: Sequence[Turn]) -> list[Reply]:
         """All turns, as workers become free."""
+        return list(self._replies(turns, deque(sorted(turns, key=lambda t: -len(self.data[t.client][0])))))
+
+    def stream(self, turns: Sequence[Turn]) -> Iterator[Reply]:
+        """In client order, with no more than two replies a worker waiting for an earlier one."""
+        expected = deque(sorted(t.client for t in turns))
+        waiting: dict[int, Reply] = {}
+        window = 2 * len(self.pool)
+
+        def may_start(turn: Turn) -> bool:
+            return len(expected) < window or turn.client < expected[window - 1] or turn.client == expected[0]
+
+        for reply in self._replies(turns, deque(sorted_by_client(turns)), may_start):
+            waiting[reply.client] = reply
+            while expected and expected[0] in waiting:
+                yield waiting.pop(expected.popleft())
+
+    def _replies(
+        self, turns: Sequence[Turn], queue: deque[Turn], may_start: Callable[[Turn], bool] = lambda turn: True
+    ) -> Iterator[Reply]:
         # Turns carry the broadcast only where a malicious server sent something else than the common model.
         common = turns[0].params if turns else None
         if common is not None:
             self.broadcast.copy_(common)
-        queue = deque(sorted(turns, key=lambda t: -len(self.data[t.client][0])))
-        replies: list[Reply] = []
         idle = list(self.pool)
         busy: dict[int, _Worker] = {}
         while queue or busy:
-            while queue and idle:
+            while queue and idle and may_start(queue[0]):
                 worker = idle.pop()
                 worker.give(queue.popleft(), common)
                 busy[id(worker)] = worker
@@ -86,11 +104,10 @@ class Processes(Engine):
                 reply = worker.take(self.deltas)
                 if reply.failure is not None and not worker.process.is_alive():
                     self.pool.remove(worker)
-                    worker = self._start()
+                    worker = self._start(worker.row)
                     self.pool.append(worker)
                 idle.append(worker)
-                replies.append(reply)
-        return replies
+                yield reply
 
     def _finished(self, busy: list[_Worker]) -> list[_Worker]:
         """Wait until a worker has replied, died, or run out of time (then it is killed)."""
@@ -116,9 +133,10 @@ class Processes(Engine):
 class _Worker:
     """The parent's end of one worker process."""
 
-    def __init__(self, process: Any, pipe: Connection) -> None:
+    def __init__(self, process: Any, pipe: Connection, row: int) -> None:
         self.process = process
         self.pipe = pipe
+        self.row = row
         self.turn: Turn | None = None
         self.since = 0.0
         self.ready = False
@@ -157,7 +175,7 @@ class _Worker:
         if isinstance(reply, FedsecError):
             raise reply
         assert isinstance(reply, Reply)
-        return dataclasses.replace(reply, content=_swap(reply.content, deltas[client].clone())) if shared else reply
+        return dataclasses.replace(reply, content=_swap(reply.content, deltas[self.row].clone())) if shared else reply
 
     def kill(self, verdict: str) -> None:
         self.verdict = verdict
@@ -182,7 +200,7 @@ def _swap(content: Update | Payload | None, delta: Tensor) -> Update | Payload |
     return dataclasses.replace(content, content=_swap(content.content, delta))
 
 
-def _serve(pipe: Connection, seats: Seats, data: ClientData, broadcast: Tensor, deltas: Tensor) -> None:
+def _serve(pipe: Connection, seats: Seats, data: ClientData, broadcast: Tensor, delta: Tensor) -> None:
     """A worker's life: one turn after the other until told to stop or the parent is gone."""
     prepare_for_small_networks()
     # Tensors arrive in shared memory: without a copy, all workers would train the same parameters at once.
@@ -192,12 +210,12 @@ def _serve(pipe: Connection, seats: Seats, data: ClientData, broadcast: Tensor, 
         while (turn := pipe.recv()) is not None:
             if turn.params.numel() == 0:
                 turn = dataclasses.replace(turn, params=broadcast)
-            pipe.send(_carry_out(seats, turn, data, deltas))
+            pipe.send(_carry_out(seats, turn, data, delta))
     except (EOFError, BrokenPipeError, KeyboardInterrupt):
         os._exit(0)
 
 
-def _carry_out(seats: Seats, turn: Turn, data: ClientData, deltas: Tensor) -> tuple[Reply | FedsecError, bool]:
+def _carry_out(seats: Seats, turn: Turn, data: ClientData, delta: Tensor) -> tuple[Reply | FedsecError, bool]:
     """A turn's reply, and whether its update's vector was left in shared memory instead of the reply."""
     try:
         reply = client_turn(seats, turn, *data[turn.client])
@@ -206,7 +224,7 @@ def _carry_out(seats: Seats, turn: Turn, data: ClientData, deltas: Tensor) -> tu
     except Exception as error:
         return Reply(turn.client, None, failure=reason(error)), False
     update = reply.content.content if isinstance(reply.content, Payload) else reply.content
-    if not isinstance(update, Update) or update.delta.shape != deltas[turn.client].shape:
+    if not isinstance(update, Update) or update.delta.shape != delta.shape:
         return reply, False
-    deltas[turn.client].copy_(update.delta)
+    delta.copy_(update.delta)
     return dataclasses.replace(reply, content=_swap(reply.content, torch.empty(0))), True

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from fedsec.errors import FedsecError
 from fedsec.federation.engines.base import ClientData, Engine, reason
-from fedsec.federation.round import Reply, Seats, Turn, client_turn
+from fedsec.federation.round import client_turn
+from fedsec.federation.seats import Reply, Seats, Turn
 
 
 class Serial(Engine):
@@ -18,12 +19,15 @@ class Serial(Engine):
 
     def train(self, turns: Sequence[Turn]) -> list[Reply]:
         """All turns, one by one."""
-        replies = []
+        return list(self.stream(turns))
+
+    def stream(self, turns: Sequence[Turn]) -> Iterator[Reply]:
+        """One update at a time."""
         for turn in turns:
             try:
-                replies.append(client_turn(self.seats, turn, *self.data[turn.client]))
+                reply = client_turn(self.seats, turn, *self.data[turn.client])
             except FedsecError:
                 raise  # a wrong configuration is not one client's failure
             except Exception as error:
-                replies.append(Reply(turn.client, None, failure=reason(error)))
-        return replies
+                reply = Reply(turn.client, None, failure=reason(error))
+            yield reply

@@ -7,7 +7,9 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from fedsec.federation.round import Seats, ServerState, Turn, client_turn, server_view
+from fedsec.federation.desk import ServerState
+from fedsec.federation.round import client_turn, server_view
+from fedsec.federation.seats import Seats, Turn
 from fedsec.federation.strategy import FedAvg, resolve
 from fedsec.types import LocalRecipe, Payload, RoundContext, ServerView
 

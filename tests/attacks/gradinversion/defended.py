@@ -10,7 +10,10 @@ from torch import Tensor, nn
 
 from fedsec.defense import Aggregation, Aggregator, Defense
 from fedsec.federation.aggregate import WeightedMean
-from fedsec.federation.round import Seats, ServerState, Turn, aggregate, client_turn, collect, load, server_view
+from fedsec.federation.desk import ServerState
+from fedsec.federation.round import aggregate, client_turn, collect, server_view
+from fedsec.federation.seats import Seats, Turn
+from fedsec.federation.sharing import load
 from fedsec.federation.strategy import FedAvg
 from fedsec.types import FederationPlan, LocalRecipe, Payload, RoundContext, ServerView, Update
 
