@@ -22,7 +22,7 @@ from fedsec.data.partition import Partition
 from fedsec.defense import Aggregator, Defense, LocalStep
 from fedsec.errors import ConfigError
 from fedsec.federation.desk import Objective
-from fedsec.federation.local import PlainStep
+from fedsec.federation.local import PlainStep, plain_objective
 from fedsec.privacy.auditing import step_score
 from fedsec.robust.aggregator import RuleAggregator
 from fedsec.types import Layout, LocalRecipe, Payload, RoundContext, Update
@@ -113,7 +113,7 @@ class Planted:
     ) -> PlainStep:
         """The innermost step of a client whose training set holds canary images."""
         scale = float(_known(defenses, ctx.client).get("clip_norm", 1.0))
-        return PlantedStep(model, recipe, objective, self.directions, 2 * scale)
+        return PlantedStep(model, recipe, self.directions, 2 * scale, objective)
 
     def witness(
         self, step: LocalStep, recipe: LocalRecipe, defenses: Sequence[Defense], ctx: RoundContext, size: int
@@ -152,10 +152,15 @@ class PlantedStep(PlainStep):
     """Plain SGD in which marked images have a prescribed gradient."""
 
     def __init__(
-        self, model: Any, recipe: LocalRecipe, objective: Objective, directions: Directions, scale: float
+        self,
+        model: Any,
+        recipe: LocalRecipe,
+        directions: Directions,
+        scale: float,
+        objective: Objective | None = None,
     ) -> None:
         super().__init__(model, recipe, self._with_canaries)
-        self.of_images = objective
+        self.of_images = objective or plain_objective(recipe.task)
         self.directions = directions
         self.scale = scale
         """Length of a canary's gradient: above the clip norm, so that clipping makes it as long as allowed."""

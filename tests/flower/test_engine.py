@@ -17,7 +17,7 @@ from fedsec.errors import ConfigError  # noqa: E402
 from fedsec.federation.engines.flower import Flower, simulated_client  # noqa: E402
 from fedsec.federation.engines.serial import Serial  # noqa: E402
 from fedsec.federation.round import run_round  # noqa: E402
-from fedsec.federation.seats import RoundRecord, Seats
+from fedsec.federation.seats import RoundRecord, Seats  # noqa: E402
 from fedsec.types import RoundContext, ServerView  # noqa: E402
 
 from ..federation import toy  # noqa: E402
