@@ -20,7 +20,7 @@ from fedsec.data.partition import partition
 from fedsec.defense import Defense
 from fedsec.errors import ConfigError
 from fedsec.federation.assemble import Federation, assemble, resolve
-from fedsec.federation.local import PlainStep
+from fedsec.federation.local import PlainStep, plain_objective
 from fedsec.federation.planted import Directions, PlantedStep, Witness
 from fedsec.types import Layout, LocalRecipe, RoundContext
 
@@ -75,15 +75,14 @@ def test_the_witness_reads_the_gradient_behind_momentum_and_weight_decay(dirac: 
     vectors = directions(model, 4, dirac)
     seen: list[torch.Tensor] = []
 
-    class Recording(PlainStep):
-        def objective(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-            loss = super().objective(x, y)
-            names = [n for n, _ in self.model.named_parameters()]
-            parts = torch.autograd.grad(loss, list(self.model.parameters()), retain_graph=True)
-            seen.append(vectors.layout.flatten(dict(zip(names, parts, strict=True))))
-            return loss
+    def recording(network: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        loss = plain_objective(RECIPE.task)(network, x, y)
+        names = [n for n, _ in network.named_parameters()]
+        parts = torch.autograd.grad(loss, list(network.parameters()), retain_graph=True)
+        seen.append(vectors.layout.flatten(dict(zip(names, parts, strict=True))))
+        return loss
 
-    witness = Witness(Recording(model, RECIPE), RECIPE, vectors, np.arange(4), {}, 8)
+    witness = Witness(PlainStep(model, RECIPE, recording), RECIPE, vectors, np.arange(4), {}, 8)
     for _ in range(4):
         witness(*batch(0))
     expected = sum(vectors.project(g).double().numpy() for g in seen)

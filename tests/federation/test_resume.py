@@ -110,7 +110,7 @@ def test_only_what_fits_is_taken_up(tmp_path: Path) -> None:
     assert LastRound(tmp_path / "last", fingerprint, {9}).saved is not None, "a round that is still to come"
     kept = LastRound(tmp_path / "last", fingerprint)
     assert kept.saved is not None
-    kept.keep(replace(kept.saved, snapshots={}))
+    kept.keep(replace(kept.saved, states={}))
     assert LastRound(tmp_path / "last", fingerprint, {1}).saved is None, "round 1 is wanted and was not kept"
 
 
