@@ -72,6 +72,10 @@ class FederationConfig:
     lr: Annotated[float, Field(gt=0, description="learning rate of the clients' SGD")] = 0.02
     momentum: Annotated[float, Field(ge=0, lt=1, description="momentum of the clients' SGD")] = 0.9
     weight_decay: Annotated[float, Field(ge=0, description="weight decay of the clients' SGD")] = 0.0
+    topology: Annotated[
+        Literal["federated", "central", "local"],
+        Field(description="by exchange of updates, one owner of all images, or every client for itself"),
+    ] = "federated"
     strategy: Annotated[str, Field(description="what is shared and how it is combined, as name:key=value")] = "fedavg"
     participation: Annotated[str, Field(description="full, a fraction, or intermittent:p=0.8")] = "full"
     shadow_rules: Annotated[
@@ -281,4 +285,20 @@ def expand(tables: Mapping[str, Any]) -> list[Cell]:
         for stack in stacks
         for attack in _attacks(tables.get("attack", []))
     ]
-    return list({cell.key(): cell for cell in cells}.values())
+    return list({cell.key(): cell for cell in as_baselines(cells)}.values())
+
+
+def as_baselines(cells: Sequence[Cell]) -> list[Cell]:
+    """In a grid of several topologies, central and local training stand plain beside the federation: without attack,
+    defense and everything that says how clients exchange. A grid of one topology stays as it is."""
+    if len({cell.federation.topology for cell in cells}) == 1:
+        return list(cells)
+    plain = {key: getattr(FederationConfig, key) for key in ("strategy", "participation", "shadow_rules")}
+    return [
+        cell
+        if cell.federation.topology == "federated"
+        else dataclasses.replace(
+            cell, attack=None, defense=(), federation=dataclasses.replace(cell.federation, **plain)
+        )
+        for cell in cells
+    ]

@@ -19,7 +19,7 @@ from fedsec.audit.canaries import audit_claim
 from fedsec.audit.exam import Exam, of_training
 from fedsec.config import Cell
 from fedsec.errors import RunError
-from fedsec.federation import history
+from fedsec.federation import history, topology
 from fedsec.federation.assemble import Federation, assemble, build_stack
 from fedsec.federation.budget import Budget
 from fedsec.federation.evaluation import attack_success
@@ -139,6 +139,7 @@ def run_cell(
         "dataset": federation.dataset.name,
         "data_fingerprint": federation.dataset.fingerprint,
         "model": cell.model.name,
+        "topology": topology.shown(cell),
         "strategy": cell.federation.strategy,
         "engine": cell.federation.engine,
         "seed": cell.seed,

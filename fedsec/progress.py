@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 
 class Progress:
     """Receives the stages of a run. The base class shows nothing."""
@@ -14,3 +18,21 @@ class Progress:
 
     def message(self, text: str) -> None:
         """One line that stays."""
+
+
+_watching: ContextVar[Progress | None] = ContextVar("progress", default=None)
+
+
+@contextmanager
+def watching(progress: Progress) -> Iterator[None]:
+    """Whoever has no progress of their own tells this one: reading a data set stands deep below what asked for it."""
+    token = _watching.set(progress)
+    try:
+        yield
+    finally:
+        _watching.reset(token)
+
+
+def watcher() -> Progress:
+    """Who watches here; nobody, unless `watching` says so."""
+    return _watching.get() or Progress()

@@ -217,7 +217,8 @@ def changes_training(cell: Result) -> bool:
 
 def setting(cell: Result) -> str:
     """What has to be the same for two cells to be compared, beside attack, defense and seed."""
-    return " · ".join(str(cell.get(key, "")) for key in ("dataset", "model", "strategy"))
+    parts = [str(cell.get(key, "")) for key in ("dataset", "model", "strategy")]
+    return " · ".join([*parts, *([cell["topology"]] if cell.get("topology", "federated") != "federated" else [])])
 
 
 def pareto(front: Sequence[Point]) -> list[Point]:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from fedsec import checkpoint
-from fedsec.errors import ConfigError, UnsafeFileError
+from fedsec import checkpoint, models
+from fedsec.errors import ConfigError, RefusedError, UnsafeFileError
 
 
 class Bomb:
@@ -92,3 +93,51 @@ def test_torchscript_is_refused(tmp_path: Path) -> None:
     torch.jit.save(torch.jit.script(small()), str(tmp_path / "m.pt"))
     with pytest.raises(UnsafeFileError):
         checkpoint.load(tmp_path / "m.pt")
+
+
+def densenet(channels: int, classes: int, seed: int = 0) -> nn.Module:
+    return models.build(
+        "densenet121", num_classes=classes, in_channels=channels, image_size=32, norm="batch", seed=seed
+    )
+
+
+def test_published_densenet_weights_start_a_grey_model_of_other_classes(tmp_path: Path) -> None:
+    """Names of 2017, a wrapper's prefixes, three channels and 14 classes, as CheXpert and ChestX-ray14 files have."""
+    source, target = densenet(3, 14, seed=1), densenet(1, 5, seed=2)
+    initial = target.net.classifier.weight.detach().clone()
+    old = {
+        re.sub(r"(denselayer[0-9]+\.(?:norm|conv))([12])\.", r"\1.\2.", f"module.model.{k}"): v
+        for k, v in source.net.state_dict().items()
+    }
+    assert any(".norm.1." in k for k in old)
+    torch.save(old, tmp_path / "old.pth")
+    notes = " ".join(checkpoint.load_into(target, tmp_path / "old.pth"))
+    for name, tensor in target.net.state_dict().items():
+        if not name.startswith(("classifier", "features.conv0")):
+            assert torch.equal(tensor, source.net.state_dict()[name]), name
+    stem = source.net.features.conv0.weight.sum(1, keepdim=True)
+    torch.testing.assert_close(target.net.features.conv0.weight, stem, rtol=0, atol=0)
+    assert torch.equal(target.net.classifier.weight, initial)
+    for words in ("summed over its 3 channels", "left as initialised: net.classifier.bias", "normalised with"):
+        assert words in notes
+
+
+def test_the_files_normalisation_is_the_model_s_unless_the_user_chose(tmp_path: Path) -> None:
+    source = models.build("cnn", num_classes=2, in_channels=1, image_size=28, mean=0.4, std=0.3)
+    record = {"normalisation": {"mean": [0.4], "std": [0.3]}}
+    checkpoint.save(tmp_path / "m.safetensors", source.state_dict(), record)
+    target = models.build("cnn", num_classes=2, in_channels=1, image_size=28)
+    assert checkpoint.load_into(target, tmp_path / "m.safetensors") == ()
+    assert (target.mean.item(), target.std.item()) == pytest.approx((0.4, 0.3))
+    chosen = models.build("cnn", num_classes=2, in_channels=1, image_size=28, mean=0.1, std=0.9)
+    checkpoint.load_into(chosen, tmp_path / "m.safetensors", keep=("mean", "std"))
+    assert (chosen.mean.item(), chosen.std.item()) == pytest.approx((0.1, 0.9))
+
+
+def test_weights_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    model = small()
+    with torch.no_grad():
+        model[0].weight[0, 0] = float("nan")
+    checkpoint.save(tmp_path / "m.safetensors", model.state_dict(), {})
+    with pytest.raises(RefusedError, match=r"0\.weight.*NaN"):
+        checkpoint.load_into(small(), tmp_path / "m.safetensors")

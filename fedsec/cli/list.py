@@ -24,6 +24,9 @@ def command(kind: str, verbose: bool) -> None:
         if verbose:
             for line in details(kind, name):
                 click.echo(f"{'':<{width}}    {line}")
+    if kind == "models":
+        click.echo("\nAlso any classification network of torchvision by its name, such as resnet34; where they are")
+        click.echo("installed, timm:NAME and torchxrayvision:densenet; and your own as package.module:factory.")
     if kind == "datasets":
         from fedsec.data.registry import catalogue
 

@@ -21,6 +21,7 @@ PLACES = {
     "local_epochs": ("federation", "local_epochs"),
     "batch_size": ("federation", "batch_size"),
     "lr": ("federation", "lr"),
+    "topology": ("federation", "topology"),
     "strategy": ("federation", "strategy"),
     "participation": ("federation", "participation"),
     "canaries": ("data", "canaries"),
@@ -41,7 +42,7 @@ PLACES = {
 @click.option("--data", metavar="NAME|PATH", help="Data set (default: built-in synthetic chest X-rays).")
 @click.option("--data-dir", type=click.Path(path_type=Path), help="Where data sets are looked up first.")
 @click.option("--size", type=int, help="Side of the images in pixels, where the set comes in several sizes.")
-@click.option("--model", metavar="NAME", help="Network (default cnn).")
+@click.option("--model", metavar="NAME", help="Network (default cnn): fedsec list models, or one of torchvision's.")
 @click.option("--clients", type=int, help="Number of hospitals (default: the data set's sites, else 10).")
 @click.option("--rounds", type=int, help="Communication rounds (default 10).")
 @click.option("--local-steps", type=int, help="Optimisation steps a round …")
@@ -50,6 +51,11 @@ PLACES = {
 @click.option("--lr", type=float, help="Learning rate of the clients' SGD (default 0.02).")
 @click.option("--partition", metavar="LAW", help="iid, dirichlet, quantity, site or patient.")
 @click.option("--alpha", type=float, help="Concentration of the dirichlet and quantity partitions (default 0.5).")
+@click.option(
+    "--topology",
+    metavar="WHO[,WHO]",
+    help="federated, central (all images pooled) or local (each hospital alone); joined by commas, side by side.",
+)
 @click.option(
     "--strategy", metavar="NAME[:KEY=VALUE,…]", help="What is shared and how it is combined (default fedavg)."
 )
@@ -98,6 +104,8 @@ def command(
     for name, value in options.items():
         if value is not None:
             table, key = PLACES[name]
+            if name == "topology" and "," in value:
+                value = value.split(",")
             tables[table] = {**tables.get(table, {}), key: value}
     for name, words in (("attack", attack), ("defense", defense)):
         if words:

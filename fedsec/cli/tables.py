@@ -39,10 +39,12 @@ def results_table(cells: Sequence[Result], intervals: bool = True) -> Table:
     rows = [_row(cell, intervals) for cell in cells]
     if len({row["attack"] for row in rows}) == 1:
         rows = [{**row, "attack": ""} for row in rows]  # the title says it
+    if len({row["topology"] for row in rows}) == 1 and rows[0]["topology"] == "federated":
+        rows = [{**row, "topology": ""} for row in rows]
     titles = [t for t in rows[0] if any(row[t] for row in rows)]
     table = Table(title=f"{cells[0]['dataset']}, {cells[0]['model']}, {_attack(cells)}", title_justify="left")
     for title in titles:
-        table.add_column(title, justify="left" if title in ("defense", "attack") else "right", no_wrap=True)
+        table.add_column(title, justify="left" if title in ("topology", "defense", "attack") else "right", no_wrap=True)
     for row in rows:
         table.add_row(*(row[t] for t in titles))
     return table
@@ -58,6 +60,7 @@ def _row(cell: Result, intervals: bool) -> dict[str, str]:
     leakage, robust = complete(leakage), cell.get("robustness", {})
     attacks = cell.get("attack")
     return {
+        "topology": cell.get("topology", "federated"),
         "attack": attacks["name"] if attacks else "",
         "defense": defense_label(cell),
         "seed": str(cell["seed"]),

@@ -1,94 +1,179 @@
-"""How image files become one array: found by name inside one folder, decoded once, resized, cached."""
+"""How one image file becomes pixels: any mode, upright, in the channels and the size that were asked for."""
 
 from __future__ import annotations
 
-import os
-from collections import Counter
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+import io
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import PIL
 from PIL import Image, ImageOps
 
-from fedsec.data.cache import cached
-from fedsec.data.images import Pixels
-from fedsec.data.report import BadRow
-from fedsec.errors import DataError, RefusedError
+from fedsec.data.images import MIN_SIZE, Pixels
 
-SUFFIXES = (".png", ".jpg", ".jpeg")
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+Fit = Literal["squash", "crop", "pad"]
+Floats = npt.NDArray[np.float32]
+UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, MemoryError, Image.DecompressionBombError)
+SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+DICOM_MAGIC = b"DICM"
+MINKOWSKI = 6
+"""The power p of shades of gray: Finlayson, Trezzi, CIC 2004; Fed-ISIC2019 uses 6."""
+BORDER = 0.07
+"""Brightest value of a row or column that counts as border of a fundus photograph."""
 
 
-def index_images(root: Path) -> dict[str, Path]:
-    """Stem -> image file, in the folder and its direct subfolders; of two files with one stem, the first by path.
+class ImageFault(ValueError):
+    """An image that decodes and still cannot be used; the code is one of those in docs/data.md."""
+
+    def __init__(self, code: str, problem: str) -> None:
+        super().__init__(problem)
+        self.code = code
+
+
+@dataclass(frozen=True)
+class Look:
+    """What the stored pixels look like."""
+
+    size: int
+    """Side S in pixels."""
+    channels: int
+    """1 or 3."""
+    fit: Fit = "squash"
+    """To a square: by squashing; by cropping the centre; or by padding with black."""
+    bits: int | None = None
+    """Used bits of 16-bit files; None: all."""
+    color_constancy: bool = False
+    """Shades of gray, before scaling."""
+    trim: bool = False
+    """Crop the black border."""
+    window: str = "file"
+    """How DICOM values become grey: see `fedsec.data.dicom`."""
+
+    def key(self) -> str:
+        """Part of a cache key: everything that changes pixels, and the decoder, whose versions differ by a level."""
+        return f"{self!r} pillow {PIL.__version__}"
+
+
+def decode(content: bytes, look: Look) -> Pixels:
+    """An image file's bytes as (S, S, C) uint8.
 
     Raises:
-        RefusedError: a link that leads out of the folder (D16).
+        ImageFault: too small (D09), NaN or Inf pixels (D21), or a DICOM file that cannot be used.
+        Exception: one of `UNREADABLE`, where the file is damaged.
     """
-    found: dict[str, Path] = {}
-    inside = root.resolve()
-    for folder in sorted([root, *(entry for entry in root.iterdir() if entry.is_dir())]):
-        if not folder.resolve().is_relative_to(inside):
-            raise RefusedError(f"{folder}: leads out of {root}; copy the images into the folder [D16]")
-        for path in sorted(folder.iterdir()):
-            if path.suffix.lower() not in SUFFIXES or not path.is_file():
-                continue
-            if path.is_symlink() and not path.resolve().is_relative_to(inside):
-                raise RefusedError(f"{path}: leads out of {root}; copy the image into the folder [D16]")
-            found.setdefault(path.stem, path)
-    return found
+    if content[128:132] == DICOM_MAGIC:
+        from fedsec.data.dicom import read_pixels
+
+        return _finished(Image.fromarray(read_pixels(content, look.window)), look)
+    with Image.open(io.BytesIO(content)) as image:
+        if min(image.size) < MIN_SIZE:
+            raise ImageFault(
+                "D09", f"{image.width} x {image.height} pixels; {MIN_SIZE} a side are the least that is used"
+            )
+        if not (look.fit == "squash" and image.mode in ("L", "RGB")) or look.trim or look.color_constancy:
+            return _finished(_plain(image, look), look)
+        upright = ImageOps.exif_transpose(image)
+        mode = "L" if look.channels == 1 else "RGB"
+        converted = upright if upright.mode == mode else upright.convert(mode)
+        return _stored(_squashed(converted, look.size))
 
 
-def decode_rgb(path: Path, size: int) -> Pixels:
-    """One image as (S, S, 3) uint8: upright by its EXIF tag, in RGB, squashed (bicubic, antialiased)."""
-    with Image.open(path) as image:
-        upright = ImageOps.exif_transpose(image).convert("RGB")
-        return np.asarray(upright.resize((size, size), Image.Resampling.BICUBIC), dtype=np.uint8)
+def native_channels(content: bytes) -> int:
+    """Channels of an image file, from its header: 1 for grey of any depth, else 3."""
+    if content[128:132] == DICOM_MAGIC:
+        return 1
+    with Image.open(io.BytesIO(content)) as image:
+        return 1 if image.mode in ("1", "L", "LA", "F", *SIXTEEN_BITS) else 3
 
 
-def decode_all(paths: Sequence[Path], size: int, key: str) -> tuple[Pixels, list[str]]:
-    """All images, from the cache where this key is known; and why an image cannot be decoded, else empty text.
+def shades_of_gray(image: npt.NDArray[np.floating]) -> Floats:
+    """The image without the colour of its light: each channel divided by its p-norm mean, p = 6.
 
     Args:
-        paths: the files. size: side in pixels. key: names the files' content, the decoder aside.
+        image: (H, W, 3) in [0, 1].
 
-    Returns:
-        (N, S, S, 3) uint8, zero where undecodable, and N texts.
+    Source: Finlayson, Trezzi, Shades of gray and colour constancy, CIC 2004; scaled as in Fed-ISIC2019 (Ogier du
+    Terrail et al., 2022), so that a grey image is unchanged.
     """
-
-    def one(path: Path) -> tuple[Pixels, str]:
-        try:
-            return decode_rgb(path, size), ""
-        except UNREADABLE as error:
-            reason = str(error).replace(str(path), path.name) or type(error).__name__
-            return np.zeros((size, size, 3), dtype=np.uint8), f"cannot be decoded: {reason}"
-
-    def make() -> dict[str, np.ndarray]:
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None) as pool:
-            done = list(pool.map(one, paths))
-        return {"images": np.stack([pixels for pixels, _ in done]), "problems": np.array([text for _, text in done])}
-
-    arrays = cached(f"decoded-{key}-{size}-pillow{PIL.__version__}", make)
-    return arrays["images"], arrays["problems"].tolist()
+    light = np.power(np.power(image.astype(np.float64), MINKOWSKI).mean((0, 1)), 1 / MINKOWSKI)
+    norm = np.linalg.norm(light)
+    if not norm or not light.all():
+        return image.astype(np.float32)
+    return np.clip(image / (np.sqrt(3) * light / norm), 0, 1).astype(np.float32)
 
 
-def judge(bad: Sequence[BadRow], rows: int, on_bad: str, max_bad: float) -> None:
-    """Stop at bad rows: at the first where `on_bad` is `error`, at too many where it is `skip`.
+def _plain(image: Image.Image, look: Look) -> Image.Image:
+    """Upright, in mode L, RGB or F (0 to 255)."""
+    if image.mode in SIXTEEN_BITS or image.mode == "F":
+        return _deep(ImageOps.exif_transpose(image), look)
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in upright.info:
+        whole = upright.convert("RGBA")
+        upright = Image.alpha_composite(Image.new("RGBA", whole.size, (0, 0, 0, 255)), whole).convert("RGB")
+    elif upright.mode not in ("L", "RGB"):
+        upright = upright.convert("L" if upright.mode == "1" else "RGB")
+    return upright
 
-    Raises:
-        DataError: the row's own code, or D20.
-    """
-    if not bad:
-        return
-    if on_bad == "error":
-        same = sum(row.code == bad[0].code for row in bad)
-        more = f" ({same:,} of {rows:,} rows are like this; on_bad=skip leaves them out)" if same > 1 else ""
-        raise DataError(bad[0].code, f"{bad[0].file}:{bad[0].row}: {bad[0].detail}{more}")
-    if len(bad) > max_bad * rows:
-        codes = ", ".join(f"{code} {count:,}" for code, count in Counter(row.code for row in bad).items())
-        first = "; ".join(map(str, bad[:3]))
-        raise DataError(
-            "D20", f"{len(bad):,} of {rows:,} rows are bad, more than max_bad={max_bad:g} ({codes}): {first}"
-        )
+
+def _deep(image: Image.Image, look: Look) -> Image.Image:
+    """16-bit integers divided by the largest value of their bits; floats must lie in [0, 1] already."""
+    values = np.asarray(image, dtype=np.float32)
+    if not np.isfinite(values).all():
+        raise ImageFault("D21", "has NaN or Inf pixels; remove or repair the image")
+    if image.mode != "F":
+        values = values / (2 ** (look.bits or 16) - 1)
+    if values.min() < 0 or values.max() > 1:
+        hint = f"bits={look.bits} is too small" if look.bits else "floating-point images must lie in [0, 1]"
+        raise ImageFault("D09", f"has values from {values.min():g} to {values.max():g} of 1; {hint}")
+    return Image.fromarray(values * np.float32(255))
+
+
+def _finished(image: Image.Image, look: Look) -> Pixels:
+    """Trimmed, colour-corrected, in the right channels, fitted and stored as 8 bits."""
+    if look.trim:
+        image = _trimmed(image)
+    if image.mode != "F":
+        image = image.convert("L" if look.channels == 1 else "RGB")
+    if look.color_constancy and image.mode == "RGB":
+        corrected = shades_of_gray(np.asarray(image, dtype=np.float32) / 255)
+        image = Image.fromarray(np.asarray((corrected * 255).round(), dtype=np.uint8))
+    pixels = _stored(_fitted(image, look))
+    return np.repeat(pixels, 3, axis=2) if pixels.shape[2] < look.channels else pixels
+
+
+def _trimmed(image: Image.Image) -> Image.Image:
+    grey = np.asarray(image.convert("F"), dtype=np.float32) / 255
+    rows, columns = (np.flatnonzero(grey.max(axis) >= BORDER) for axis in (1, 0))
+    if not len(rows):
+        return image
+    return image.crop((int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1))
+
+
+def _fitted(image: Image.Image, look: Look) -> Image.Image:
+    width, height = image.size
+    if look.fit == "squash" or width == height:
+        return _squashed(image, look.size)
+    if look.fit == "crop":
+        side = min(width, height)
+        left, top = (width - side) // 2, (height - side) // 2
+        return _squashed(image.crop((left, top, left + side, top + side)), look.size)
+    scale = look.size / max(width, height)
+    inner = max(1, round(width * scale)), max(1, round(height * scale))
+    canvas = Image.new(image.mode, (look.size, look.size))
+    place = (look.size - inner[0]) // 2, (look.size - inner[1]) // 2
+    canvas.paste(image.resize(inner, Image.Resampling.BICUBIC), place)
+    return canvas
+
+
+def _squashed(image: Image.Image, size: int) -> Image.Image:
+    """Bicubic and antialiased."""
+    return image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BICUBIC)
+
+
+def _stored(image: Image.Image) -> Pixels:
+    array = np.asarray(image)
+    if array.dtype != np.uint8:
+        array = np.clip(np.rint(array), 0, 255).astype(np.uint8)
+    return array if array.ndim == 3 else array[:, :, None]

@@ -70,6 +70,12 @@ class SelectedImages:
     indices: Rows
 
     @property
+    def digests(self) -> npt.NDArray[np.bytes_] | None:
+        """(N,) hashes of the images, where the source knows them."""
+        known = getattr(self.source, "digests", None)
+        return known[self.indices] if isinstance(known, np.ndarray) else None
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         """Height, width and channels of every image."""
         return self.source.shape

@@ -8,7 +8,7 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,12 @@ from fedsec.errors import ConfigError, DataError
 
 NPZ = "npz"
 """The loader of every set that has none of its own."""
+CSV = "csv"
+"""The loader of a table that its owner wrote."""
+GENERAL = (CSV, "dicom", "imagefolder")
+"""Layouts that many folders have; asked last, in this order."""
+TABLE = re.compile(r"\.(csv|tsv)(\.gz)?$", re.IGNORECASE)
+OPTIONS = re.compile(r"(?P<path>.+?):(?P<options>[a-z_]+=.*)")
 SIZED = re.compile(r"(?P<name>.+?)_(?P<size>\d+)")
 
 
@@ -38,8 +44,12 @@ class Listing:
 
 def catalogue() -> list[Listing]:
     """All data sets known by name: those with a loader, and those that come as an npz file."""
-    own = [Listing(n, plugins.summary("datasets", n), "", False) for n in plugins.names("datasets") if n != NPZ]
-    table = [Listing(n, f"{i.task}, {len(i.class_names)} classes", i.licence, bool(i.md5)) for n, i in SETS.items()]
+    own = [Listing(n, plugins.summary("datasets", n), "", False) for n in _own_loaders()]
+    table = [
+        Listing(n, f"{i.task}, {len(i.class_names)} classes", i.licence, bool(i.md5))
+        for n, i in SETS.items()
+        if n not in _own_loaders()
+    ]
     return sorted([*own, *table], key=lambda listing: listing.name)
 
 
@@ -70,15 +80,17 @@ def load(
     """
     if splits not in ("official", "derived", "safe"):
         raise ConfigError(f"splits={splits}: choose official, derived or safe")
-    path = _as_path(name_or_path)
+    path, given = _as_path(name_or_path)
     if path is not None:
-        name, loader = _of_path(path)
+        options = {**given, **options}
+        size = checked_size(options.pop("size")) if "size" in options else size
+        name, loader = _of_path(path, options.pop("layout", None))
     else:
         spec = plugins.PluginSpec.parse(str(name_or_path))
         options = {**spec.params, **options}
         size = checked_size(options.pop("size")) if "size" in options else size
         name, loader, path = _of_name(spec.name, size, data_dir)
-    dataset: Dataset = plugins.load("datasets", loader)(path, name=name, size=size, **options)
+    dataset = _read(loader, path, name, size, splits, options)
     return dataset if splits == "official" else resplit(dataset, splits)
 
 
@@ -98,29 +110,59 @@ def _own_loaders() -> list[str]:
     return [name for name in plugins.names("datasets") if name != NPZ]
 
 
-def _as_path(name_or_path: str | Path) -> Path | None:
-    """The path that was meant; None: a name."""
+def _read(
+    loader: str, path: Path | None, name: str, size: int | None, splits: str, options: Mapping[str, Any]
+) -> Dataset:
+    """Let a loader read: a function takes everything, an adapter is made from its options first."""
+    read = plugins.load("datasets", loader)
+    if not isinstance(read, type):
+        result: Dataset = read(path, name=name, size=size, **options)
+    else:
+        result = plugins.construct(read, options, name).load(path, name=name, size=size, splits=splits)
+    return result
+
+
+def _as_path(name_or_path: str | Path) -> tuple[Path | None, dict[str, Any]]:
+    """The path that was meant, and the options behind it (`PATH:key=value`); no path: a name."""
     if isinstance(name_or_path, Path):
-        return name_or_path.expanduser()
+        return name_or_path.expanduser(), {}
     if name_or_path.partition(":")[0] in {*_own_loaders(), *SETS}:
-        return None
-    path = Path(name_or_path).expanduser()
-    return path if path.suffix == ".npz" or len(path.parts) > 1 or path.exists() else None
+        return None, {}
+    path, options = Path(name_or_path).expanduser(), {}
+    if not path.exists() and (match := OPTIONS.fullmatch(name_or_path)):
+        path = Path(match["path"]).expanduser()
+        options = dict(plugins.PluginSpec.parse(f"data:{match['options']}").params)
+    known = path.suffix in (".npz", ".csv") or len(path.parts) > 1 or path.exists()
+    return (path, options) if known else (None, {})
 
 
-def _of_path(path: Path) -> tuple[str, str]:
-    """Data set name and loader of a file or folder."""
+def _of_path(path: Path, layout: str | None = None) -> tuple[str, str]:
+    """Data set name and loader of a file or folder.
+
+    Args:
+        path: of the file or folder. layout: read a folder as this set, whatever it looks like.
+    """
     if not path.exists():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*")], n=1)
         hint = f"did you mean '{near[0]}'?" if near else "give the path of an npz file or of a folder"
         raise DataError("D01", f"{path}: no such file or folder; {hint}")
+    if layout is not None:
+        plugins.load("datasets", layout)  # an unknown name is refused here, with the nearest one
+        return layout, layout
     if path.is_dir():
-        for name in _own_loaders():
-            if _recognises(name, path):
-                return name, name
-        raise DataError("D01", f"{path}: no known layout; expected HAM10000_metadata.csv beside folders of images")
+        found = layouts(path)
+        if found:
+            return found[0], found[0]
+        there = ", ".join(sorted(entry.name for entry in path.iterdir())[:8])
+        raise DataError(
+            "D01",
+            f"{path}: no known layout{f' in {there}' if there else ', the folder is empty'}; docs/datasets.md shows "
+            "those that are known, and how to bring your own table or folders of classes",
+        )
+    if TABLE.search(path.name):
+        return CSV, CSV
     if path.suffix != ".npz":
-        raise DataError("D01", f"{path}: neither an npz file nor a folder")
+        raise DataError("D01", f"{path}: neither an npz file nor a folder nor a table (CSV)")
     sized = SIZED.fullmatch(path.stem)
     for name in (path.stem, *([sized["name"]] if sized else [])):
         if name in _own_loaders() and _needs_files(name):
@@ -128,6 +170,11 @@ def _of_path(path: Path) -> tuple[str, str]:
         if name in {*SETS, *VOLUMES}:
             return name, NPZ
     return path.stem, NPZ
+
+
+def layouts(folder: Path) -> list[str]:
+    """The sets whose layout a folder has: those with label files of their own first, then the general ones."""
+    return [name for name in (*(n for n in _own_loaders() if n not in GENERAL), *GENERAL) if _recognises(name, folder)]
 
 
 def _of_name(name: str, size: int | None, data_dir: Path | str | None) -> tuple[str, str, Path | None]:
@@ -187,14 +234,19 @@ def _find(folder: Path, name: str, size: int | None) -> Path | None:
 
 def _needs_files(name: str) -> bool:
     """Whether a loader reads files: those that do not have a default for `path`."""
-    return inspect.signature(plugins.load("datasets", name)).parameters["path"].default is inspect.Parameter.empty
+    loader = plugins.load("datasets", name)
+    if isinstance(loader, type):
+        return True
+    return inspect.signature(loader).parameters["path"].default is inspect.Parameter.empty
 
 
 def _recognises(name: str, folder: Path) -> bool:
-    """Whether a loader's module says, with its function `recognises`, that the folder is its own."""
+    """Whether an adapter, or a loader's module with its function `recognises`, says that the folder is its own."""
     try:
         loader = plugins.load("datasets", name)
     except ConfigError:
         return False
+    if isinstance(loader, type):
+        return bool(getattr(loader, "recognises", lambda _: False)(folder))
     test: Callable[[Path], bool] = getattr(sys.modules[loader.__module__], "recognises", lambda _: False)
     return test(folder)

@@ -16,6 +16,7 @@ from fedsec.errors import ConfigError
 
 Ints = npt.NDArray[np.int64]
 SHARES = (0.7, 0.1, 0.2)
+VALIDATED = (0.9, 0.0, 0.1)
 NONE = -1
 """The class of a group without any positive label."""
 
@@ -94,6 +95,34 @@ def derived_split(
         has[group, labels] = True
     _cover_classes(part, has, order)
     return np.array(PARTS)[part][group]
+
+
+def complete_parts(
+    split: Texts, groups: Texts, labels: npt.NDArray[Any], sites: npt.NDArray[Any] | None
+) -> tuple[Texts, Literal["official", "derived"], str]:
+    """The parts that a run needs, where the source gives none or not all three.
+
+    Without any: 70/10/20 by group. Without a test part: the published validation part tests, since it is the one that
+    its publisher held out. Then without a validation part: a tenth of the training groups validates.
+
+    Returns:
+        (N,) parts; whether they are the published ones; what was done, or empty text.
+    """
+    if not np.any(split != ""):
+        return derived_split(groups, labels, sites), "derived", ""
+    split, done = split.copy(), []
+    if not np.any(split == "test") and np.any(split == "val"):
+        split[split == "val"] = "test"
+        done.append("the published validation part tests")
+    train = split == "train"
+    if not np.any(split == "val") and train.sum() > 1:
+        part = derived_split(groups[train], labels[train], None if sites is None else sites[train], shares=VALIDATED)
+        split[train] = np.where(part == "test", "val", "train")
+        if np.any(part == "test"):
+            done.append("a tenth of the training groups validates")
+    if np.any(split == ""):
+        done.append(f"{int((split == '').sum()):,} images are in no published part and stay out of all three")
+    return split, "official", "; ".join(done)
 
 
 def resplit(dataset: Dataset, how: Literal["derived", "safe"], seed: int = 0) -> Dataset:

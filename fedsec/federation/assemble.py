@@ -20,6 +20,7 @@ from fedsec.data.canaries import Canaries, plant
 from fedsec.data.partition import Partition, partition
 from fedsec.defense import Aggregator, Defense
 from fedsec.errors import ConfigError
+from fedsec.federation import topology
 from fedsec.federation.aggregate import WeightedMean
 from fedsec.federation.composition import check_privacy, check_rule, check_seat, compose
 from fedsec.federation.desk import ServerState, Setting
@@ -61,6 +62,8 @@ class Federation:
     device: torch.device
     notes: tuple[str, ...]
     canaries: Canaries | None = None
+    owners: tuple[str, ...] = ()
+    """Names of those who train: the hospitals of the partition, or the one owner of all their images."""
 
     @property
     def setting(self) -> Setting:
@@ -107,6 +110,7 @@ def resolve(cell: Cell) -> Cell:
         engine = "processes" if device.type == "cpu" and usable_cores() > 1 else "serial"
     if engine == "processes" and device.type != "cpu":
         raise ConfigError(f"engine=processes works on the CPU, not on {device}; use engine=serial there")
+    cell = topology.settled(cell)
     settings: dict[str, Any] = {**vars(cell.federation), "device": str(device), "engine": engine}
     if cell.federation.local_epochs is None and cell.federation.local_steps is None:
         settings["local_epochs"] = DEFAULT_EPOCHS
@@ -153,6 +157,7 @@ def build_stack(cell: Cell) -> tuple[tuple[Defense, ...], Attack | None, Strateg
     if attack is not None:
         check_seat(strategy, attack)
     Participation.parse(cell.federation.participation)
+    topology.check(cell, defenses, attack)
     return defenses, attack, strategy
 
 
@@ -251,6 +256,7 @@ def federate(cell: Cell, dataset: Dataset, dealt: Partition) -> Federation:
         cell: a resolved cell. dataset: its data set. dealt: who owns which training images.
     """
     defenses, attack, strategy = build_stack(cell)
+    owned, owners = topology.owners(cell, dealt)
     device = resolve_device(cell.federation.device)
     channels, height, width = dataset.image_shape
     if height != width:
@@ -266,12 +272,12 @@ def federate(cell: Cell, dataset: Dataset, dealt: Partition) -> Federation:
     )
     notes: tuple[str, ...] = ()
     if cell.model.weights is not None:
-        notes = checkpoint.load_into(model, Path(cell.model.weights))
+        notes = checkpoint.load_into(model, Path(cell.model.weights), keep=cell.model.options.keys())
     for defense in defenses:
         model = defense.prepare_model(model)
 
     settings = cell.federation
-    Participation.parse(settings.participation).check(len(dealt.clients))
+    Participation.parse(settings.participation).check(len(owned))
     recipe = strategy.recipe(
         LocalRecipe(
             task=dataset.task,
@@ -284,19 +290,19 @@ def federate(cell: Cell, dataset: Dataset, dealt: Partition) -> Federation:
             steps=settings.local_steps,
         )
     )
-    setting = Setting(dataset.image_shape, recipe, len(dealt.clients), RoundContext(cell.seed, 0, settings.rounds))
+    setting = Setting(dataset.image_shape, recipe, len(owned), RoundContext(cell.seed, 0, settings.rounds))
     model = strategy.prepare_model(model, setting).to(device).to(memory_format=torch.channels_last)
     patients = dataset.meta.get("patient")
     sharing = strategy.sharing(model)
     plan = FederationPlan(
         recipe=recipe,
         rounds=settings.rounds,
-        client_sizes=tuple(len(rows) for rows in dealt.clients),
-        client_patients=None if patients is None else tuple(len(np.unique(patients[r])) for r in dealt.clients),
+        client_sizes=tuple(len(rows) for rows in owned),
+        client_patients=None if patients is None else tuple(len(np.unique(patients[r])) for r in owned),
         layout=sharing.params,
-        patient_ids=patient_ids(patients, dealt.clients),
-        clients_per_round=Participation.parse(settings.participation).expected(len(dealt.clients)),
-        weights=tuple(strategy.weights({k: len(rows) for k, rows in enumerate(dealt.clients)}).values()),
+        patient_ids=patient_ids(patients, owned),
+        clients_per_round=Participation.parse(settings.participation).expected(len(owned)),
+        weights=tuple(strategy.weights({k: len(rows) for k, rows in enumerate(owned)}).values()),
     )
     defenses = tuple(d.calibrate(plan).measure(model, dataset.image_shape) for d in defenses)
     claiming = [d.name for d in defenses if d.privacy() is not None]
@@ -316,7 +322,7 @@ def federate(cell: Cell, dataset: Dataset, dealt: Partition) -> Federation:
         defenses=defenses,
         attack=attack,
         aggregator=with_shadows(choose_aggregator(defenses), settings.shadow_rules),
-        malicious=attack.controls(len(dealt.clients)) if attack and attack.seat == "client" else frozenset(),
+        malicious=attack.controls(len(owned)) if attack and attack.seat == "client" else frozenset(),
         root=root_data(dataset, cell.seed, device),
     )
     parts = {part: dealt.deal(dataset, part) for part in ("val", "test")}
@@ -327,12 +333,13 @@ def federate(cell: Cell, dataset: Dataset, dealt: Partition) -> Federation:
         seats=seats,
         plan=plan,
         participation=Participation.parse(settings.participation),
-        clients=tuple(_tensors(dataset, rows, device) for rows in dealt.clients),
-        rows=dealt.clients,
+        clients=tuple(_tensors(dataset, rows, device) for rows in owned),
+        rows=owned,
         evaluation={part: tuple(_tensors(dataset, r, device) for r in rows) for part, rows in parts.items()},
         test_groups=tuple(dataset.groups()[rows] for rows in parts["test"]),
         device=device,
         notes=notes,
+        owners=owners,
     )
 
 

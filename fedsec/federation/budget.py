@@ -88,7 +88,7 @@ class Budget:
 
     def notes(self) -> tuple[str, ...]:
         """Which clients had to stop."""
-        names = self.federation.partition.names
+        names = self.federation.owners
         stopped = [f"{names[k]} from round {r}" for k, r in sorted(self.exhausted.items())]
         return (f"privacy budget spent, not trained any more: {', '.join(stopped)}",) if stopped else ()
 
@@ -107,7 +107,7 @@ def header(federation: Federation, claim: PrivacySpent | None) -> dict[str, Any]
         "seed": federation.cell.seed,
         "participation": settings.participation,
         "rounds": settings.rounds,
-        "clients": list(federation.partition.names),
+        "clients": list(federation.owners),
         "client_sizes": list(federation.plan.client_sizes),
         "unit": claim.unit if claim else None,
         "delta": claim.delta if claim else None,

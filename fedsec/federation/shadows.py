@@ -130,7 +130,7 @@ def recipe_hash(federation: Federation, rows: NDArray[np.int64]) -> str:
 def shadow_job(federation: Federation, rows: NDArray[np.int64], seed: int) -> ShadowJob:
     """The target's federation on other images, with other initial weights and other draws."""
     cell = replace(federation.cell, attack=None, seed=seed)
-    dealt = partition(federation.dataset, np.sort(rows), cell.data, len(federation.clients), seed)
+    dealt = partition(federation.dataset, np.sort(rows), cell.data, len(federation.partition.clients), seed)
     twin = federate(cell, federation.dataset, dealt)
     seats = twin.seats
     if not seats.aggregator.sees_individuals:

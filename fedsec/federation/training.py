@@ -79,7 +79,8 @@ class Training:
                 for k, t in federation.seats.model.state_dict().items()
                 if not k.startswith(federation.seats.strategy.auxiliary() or ("\0",))
             }
-            checkpoint.save(temporary / "model.safetensors", released, model_record(federation))
+            if federation.seats.sharing.params.size:  # where nothing is shared, nothing is released
+                checkpoint.save(temporary / "model.safetensors", released, model_record(federation))
             text = {k: v for k, v in vars(self).items() if k not in ("snapshots", "states")}
             write_json(temporary / "training.json", {**text, "rounds_kept": sorted(self.snapshots)})
             if folder.exists():
@@ -217,7 +218,7 @@ def privacy_spent(federation: Federation, budget: Budget) -> dict[str, Any]:
     if claim is None:
         return {}
     result = asdict(claim)
-    result["per_client"] = {federation.partition.names[k]: e for k, e in claim.per_client.items()}
+    result["per_client"] = {federation.owners[k]: e for k, e in claim.per_client.items()}
     return result
 
 

@@ -32,6 +32,8 @@ class Backbone(nn.Module, ABC):
 
     embed_dim: int
     input: InputSize
+    normalisation: ClassVar[tuple[float, float]] = (MEAN, STD)
+    """Mean and standard deviation that `Normalised` applies where nobody asks for others."""
 
     @abstractmethod
     def embed(self, x: Tensor) -> Tensor:
@@ -44,6 +46,10 @@ class Backbone(nn.Module, ABC):
     def forward(self, x: Tensor) -> Tensor:
         """Logits of normalised images."""
         return self.head(self.embed(x))
+
+    def unused_parameters(self) -> tuple[str, ...]:
+        """Names of parameters without a path to the loss: they are neither trained nor sent."""
+        return tuple(name for name, parameter in self.named_parameters() if not parameter.requires_grad)
 
 
 class Normalised(nn.Module):

@@ -1,8 +1,8 @@
-"""ResNet-18 with a choice of normalisation and stem, written so that per-sample gradients work."""
+"""ResNet-18 and ResNet-50 with a choice of normalisation and stem, written so that per-sample gradients work."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -16,6 +16,9 @@ class BasicBlock(nn.Module):
     ReLU and the residual sum are out of place: backward hooks cannot work on tensors that are overwritten.
     """
 
+    expansion: ClassVar[int] = 1
+    """Channels out, as a multiple of the width."""
+
     def __init__(self, before: int, width: int, stride: int, norm: Norm) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(before, width, 3, stride=stride, padding=1, bias=False)
@@ -23,24 +26,56 @@ class BasicBlock(nn.Module):
         self.relu = nn.ReLU()
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
         self.bn2 = norm_layer(norm, width)
-        self.downsample: nn.Module | None = None
-        if stride != 1 or before != width:
-            shortcut = nn.Conv2d(before, width, 1, stride=stride, bias=False)
-            self.downsample = nn.Sequential(shortcut, norm_layer(norm, width))
+        self.downsample = shortcut(before, width, stride, norm)
 
     def forward(self, x: Tensor) -> Tensor:
         """Residual plus shortcut."""
-        shortcut = x if self.downsample is None else self.downsample(x)
+        short = x if self.downsample is None else self.downsample(x)
         residual = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
-        return self.relu(residual + shortcut)  # type: ignore[no-any-return]
+        return self.relu(residual + short)  # type: ignore[no-any-return]
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 and 1x1 convolutions and a shortcut (He et al. 2016, figure 5, right); the 3x3 has the stride."""
+
+    expansion: ClassVar[int] = 4
+
+    def __init__(self, before: int, width: int, stride: int, norm: Norm) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(before, width, 1, bias=False)
+        self.bn1 = norm_layer(norm, width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride=stride, padding=1, bias=False)
+        self.bn2 = norm_layer(norm, width)
+        self.conv3 = nn.Conv2d(width, self.expansion * width, 1, bias=False)
+        self.bn3 = norm_layer(norm, self.expansion * width)
+        self.relu = nn.ReLU()
+        self.downsample = shortcut(before, self.expansion * width, stride, norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Residual plus shortcut."""
+        short = x if self.downsample is None else self.downsample(x)
+        residual = self.relu(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))))
+        return self.relu(self.bn3(self.conv3(residual)) + short)  # type: ignore[no-any-return]
+
+
+Block = type[BasicBlock] | type[Bottleneck]
+
+
+def shortcut(before: int, after: int, stride: int, norm: Norm) -> nn.Module | None:
+    """What brings a block's input to the shape of its output; None where that is its shape."""
+    if stride == 1 and before == after:
+        return None
+    return nn.Sequential(nn.Conv2d(before, after, 1, stride=stride, bias=False), norm_layer(norm, after))
 
 
 class ResNet(Backbone):
-    """Residual net of four stages of basic blocks; state-dict keys are torchvision's."""
+    """Residual net of four stages of blocks; state-dict keys are torchvision's."""
 
     def __init__(
         self,
-        blocks: tuple[int, int, int, int],
+        name: str,
+        block: Block,
+        depths: tuple[int, int, int, int],
         num_classes: int,
         in_channels: int,
         image_size: int,
@@ -48,9 +83,9 @@ class ResNet(Backbone):
         stem: Stem,
     ) -> None:
         super().__init__()
-        kind = choose_stem("resnet18", stem, image_size)
+        kind = choose_stem(name, stem, image_size)
         self.input = InputSize(in_channels, SMALLEST[kind])
-        self.embed_dim = 512
+        self.embed_dim = 512 * block.expansion
         if kind == "imagenet":
             self.conv1 = nn.Conv2d(in_channels, 64, 7, stride=2, padding=3, bias=False)
             self.maxpool: nn.Module = nn.MaxPool2d(3, stride=2, padding=1)
@@ -59,10 +94,11 @@ class ResNet(Backbone):
             self.maxpool = nn.Identity()
         self.bn1 = norm_layer(norm, 64)
         self.relu = nn.ReLU()
-        self.layer1 = stage(64, 64, blocks[0], 1, norm)
-        self.layer2 = stage(64, 128, blocks[1], 2, norm)
-        self.layer3 = stage(128, 256, blocks[2], 2, norm)
-        self.layer4 = stage(256, 512, blocks[3], 2, norm)
+        grown = block.expansion
+        self.layer1 = stage(block, 64, 64, depths[0], 1, norm)
+        self.layer2 = stage(block, 64 * grown, 128, depths[1], 2, norm)
+        self.layer3 = stage(block, 128 * grown, 256, depths[2], 2, norm)
+        self.layer4 = stage(block, 256 * grown, 512, depths[3], 2, norm)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(self.embed_dim, num_classes)
         initialise(self, "fan_out")
@@ -78,11 +114,10 @@ class ResNet(Backbone):
         return self.fc(features)  # type: ignore[no-any-return]
 
 
-def stage(before: int, width: int, depth: int, stride: int, norm: Norm) -> nn.Sequential:
+def stage(block: Block, before: int, width: int, depth: int, stride: int, norm: Norm) -> nn.Sequential:
     """A row of blocks; the first one changes width and side."""
-    return nn.Sequential(
-        BasicBlock(before, width, stride, norm), *(BasicBlock(width, width, 1, norm) for _ in range(depth - 1))
-    )
+    after = block.expansion * width
+    return nn.Sequential(block(before, width, stride, norm), *(block(after, width, 1, norm) for _ in range(depth - 1)))
 
 
 def initialise(model: nn.Module, mode: Literal["fan_in", "fan_out"]) -> None:
@@ -99,4 +134,12 @@ def resnet18(num_classes: int, in_channels: int, image_size: int, norm: Norm = "
 
     Source: He et al. 2016, "Deep residual learning for image recognition", table 1.
     """
-    return ResNet((2, 2, 2, 2), num_classes, in_channels, image_size, norm, stem)
+    return ResNet("resnet18", BasicBlock, (2, 2, 2, 2), num_classes, in_channels, image_size, norm, stem)
+
+
+def resnet50(num_classes: int, in_channels: int, image_size: int, norm: Norm = "group", stem: Stem = "auto") -> ResNet:
+    """ResNet-50 (23.5M parameters); `stem=small` below 64 pixels.
+
+    Source: He et al. 2016, "Deep residual learning for image recognition", table 1; stride on the 3x3 convolution.
+    """
+    return ResNet("resnet50", Bottleneck, (3, 4, 6, 3), num_classes, in_channels, image_size, norm, stem)

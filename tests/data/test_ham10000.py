@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from fedsec import data
-from fedsec.data import decode
-from fedsec.data.ham10000 import INFO, recognises
+from fedsec.data import pixels
+from fedsec.data.decode import Look, decode
+from fedsec.data.ham10000 import INFO, Ham10000
 from fedsec.errors import ConfigError, DataError, FedsecError, RefusedError
 
 HEADER = ["lesion_id", "image_id", "dx", "dx_type", "age", "sex", "localization", "dataset"]
@@ -51,7 +52,7 @@ def tree(root: Path, table: list[dict[str, str]], header: list[str] = HEADER, sk
 
 def test_round_trip_of_the_usual_folder(tmp_path: Path) -> None:
     root = tree(tmp_path / "skin", rows(84))
-    assert recognises(root)
+    assert Ham10000.recognises(root)
     d = data.load(root)
     assert (d.name, len(d), d.image_shape, d.class_names) == ("ham10000", 84, (3, 28, 28), CLASSES)
     assert d.meta["image"].tolist() == [f"ISIC_{i:07d}" for i in range(84)]  # the label file's order
@@ -78,7 +79,7 @@ def test_size_and_lookup_by_name(tmp_path: Path) -> None:
 def test_second_load_decodes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = tree(tmp_path, rows(20))
     first = data.load(root)
-    monkeypatch.setattr(decode, "decode_rgb", lambda *_: pytest.fail("decoded twice"))
+    monkeypatch.setattr(pixels, "decode", lambda *_: pytest.fail("decoded twice"))
     second = data.load(root)
     assert first.fingerprint == second.fingerprint
     assert np.array_equal(first.images.read(np.arange(20)), second.images.read(np.arange(20)))
@@ -156,13 +157,13 @@ def test_odd_image_modes_become_upright_rgb(tmp_path: Path) -> None:
     for mode in ("L", "P", "1", "RGBA", "CMYK"):
         path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
         Image.new(mode, (40, 30)).save(path)
-        assert decode.decode_rgb(path, 16).shape == (16, 16, 3)
+        assert decode(path.read_bytes(), Look(16, 3)).shape == (16, 16, 3)
     picture = Image.new("RGB", (40, 20))
     picture.paste((255, 255, 255), (0, 0, 20, 20))  # left half white
     exif = picture.getexif()
     exif[0x0112] = 6  # shown turned clockwise by a quarter: left becomes top
     picture.save(tmp_path / "turned.png", exif=exif)
-    upright = decode.decode_rgb(tmp_path / "turned.png", 16).astype(int)
+    upright = decode((tmp_path / "turned.png").read_bytes(), Look(16, 3)).astype(int)
     assert upright[:4].mean() > 250 and upright[-4:].mean() < 5
 
 
@@ -172,7 +173,7 @@ def test_options_of_the_npz_form(tmp_path: Path, shared_data: Path) -> None:
 
 
 def test_a_folder_without_the_table(tmp_path: Path) -> None:
-    with pytest.raises(FedsecError, match=r"no known layout; expected HAM10000_metadata.csv"):
+    with pytest.raises(FedsecError, match=r"no known layout, the folder is empty; docs/datasets.md"):
         data.load(tmp_path)
 
 

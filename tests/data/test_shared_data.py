@@ -34,6 +34,11 @@ def test_kermany(shared_data: Path) -> None:
     assert (d.labels[d.meta["subtype"] == "normal"] == 0).all()
 
 
+def test_nih14_by_its_file_name(shared_data: Path) -> None:
+    d = data.load("nih14_64", data_dir=shared_data)
+    assert (d.name, d.variant, d.task, d.num_classes) == ("nih14", "size=64", "multilabel", 14)
+
+
 def test_nih14(shared_data: Path) -> None:
     d = data.load("nih14", data_dir=shared_data)
     found = d.counts()

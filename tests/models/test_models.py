@@ -26,6 +26,14 @@ COUNTS = [
     ("resnet18", 2, 1, 28, {}, 11_168_706),
     ("resnet18", 7, 3, 64, {"stem": "small"}, 11_172_423),
     ("resnet18", 2, 3, 32, {}, 11_169_858),
+    ("resnet50", 2, 1, 64, {}, 23_505_858),
+    ("resnet50", 7, 3, 64, {}, 23_522_375),
+    ("resnet50", 1000, 3, 224, {}, 25_557_032),
+    ("resnet50", 2, 1, 28, {}, 23_503_298),
+    ("resnet50", 7, 3, 64, {"stem": "small"}, 23_514_695),
+    ("cnn_spp", 2, 1, 28, {}, 437_570),
+    ("cnn_spp", 7, 3, 28, {}, 438_791),
+    ("cnn_spp", 4, 1, 64, {}, 437_828),
     ("densenet121", 2, 1, 64, {}, 6_949_634),
     ("densenet121", 7, 3, 64, {}, 6_961_031),
     ("densenet121", 5, 3, 64, {}, 6_958_981),
@@ -36,7 +44,7 @@ COUNTS = [
     ("densenet121", 5, 3, 32, {}, 6_951_301),
     ("densenet121", 5, 1, 32, {}, 6_950_149),
 ]
-SMALL = {"cnn": 28, "lenet": 28, "resnet18": 28, "densenet121": 32}
+SMALL = {"cnn": 28, "cnn_spp": 28, "lenet": 28, "resnet18": 28, "resnet50": 28, "densenet121": 32}
 
 
 def count(model: nn.Module) -> int:
@@ -71,7 +79,7 @@ def test_images_are_normalised_once_by_fixed_buffers() -> None:
     assert not set(model.normalisation_keys) & {name for name, _ in model.named_parameters()}
 
 
-@pytest.mark.parametrize("name", ["resnet18", "densenet121"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "densenet121"])
 @pytest.mark.parametrize("training", [True, False])
 def test_large_nets_are_torchvision_nets(name: str, training: bool) -> None:
     ours = models.build(name, num_classes=10, in_channels=3, image_size=64, norm="batch").net
@@ -98,10 +106,24 @@ def test_norm_is_a_choice_that_leaves_the_rest(name: str) -> None:
     assert [type(m) for m in replace_batch_norm(with_batch_norm).modules()] == kinds["group"]
 
 
-def test_densenet_has_121_normalisation_layers_and_resnet18_20() -> None:
-    for name, expected in (("densenet121", 121), ("resnet18", 20)):
+def test_how_many_normalisation_layers_there_are() -> None:
+    for name, expected in (("densenet121", 121), ("resnet18", 20), ("resnet50", 53)):
         model = models.build(name, num_classes=5, in_channels=3, image_size=64, norm="batch")
         assert sum(isinstance(m, nn.BatchNorm2d) for m in model.modules()) == expected
+
+
+@pytest.mark.parametrize("shape", [(28, 28), (64, 48), (16, 16)])
+def test_spatial_pyramid_takes_every_size(shape: tuple[int, int]) -> None:
+    model = models.build("cnn_spp", num_classes=3, in_channels=1, image_size=28)
+    x = torch.rand(2, 1, *shape)
+    assert model(x).shape == (2, 3)
+    assert model.net.pyramid(model.net.features(x)).shape == (2, 2_688)
+
+
+def test_a_pyramid_of_one_level_is_global_max_pooling() -> None:
+    net = models.build("cnn_spp", num_classes=3, in_channels=1, image_size=28, levels="1").net
+    features = torch.randn(2, 128, 7, 7)
+    torch.testing.assert_close(net.pyramid(features), features.amax((2, 3)), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 7, 16, 24, 32, 40, 64, 116, 1024])
@@ -139,7 +161,7 @@ def test_lenet_is_drawn_uniformly() -> None:
 @pytest.mark.parametrize(
     ("name", "arguments", "words"),
     [
-        ("resnet", {}, "did you mean 'resnet18'"),
+        ("resnet1", {}, "did you mean 'resnet18'"),
         ("cnn", {"image_size": 8}, "too small, it needs 16"),
         ("resnet18", {"stem": "imagenet"}, "use stem=small"),
         ("densenet121", {"stem": "imagenet"}, "use stem=small"),
@@ -147,6 +169,7 @@ def test_lenet_is_drawn_uniformly() -> None:
         ("resnet18", {"stm": "small"}, "did you mean 'stem'"),
         ("cnn", {"norm": "layer"}, "group, batch or none"),
         ("lenet", {"init": "zeros"}, "uniform or default"),
+        ("cnn_spp", {"levels": "1-two"}, "such as 1-2-4"),
     ],
 )
 def test_refusals_name_the_way_out(name: str, arguments: dict, words: str) -> None:

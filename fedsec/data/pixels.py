@@ -1,0 +1,238 @@
+"""Decoded images on the disk: made once, in parallel, and then mapped, so that no set has to fit into memory."""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from numpy.lib.format import open_memmap
+
+from fedsec.data.cache import cache_dir, write_npz
+from fedsec.data.decode import UNREADABLE, ImageFault, Look, decode
+from fedsec.data.digest import Digests, fingerprint
+from fedsec.data.images import Pixels, Rows
+from fedsec.errors import DataError
+from fedsec.machine import usable_cores
+from fedsec.progress import watcher
+
+VERSION = "pixels-1"
+HELD = 128 << 20
+"""Bytes of the map that may stay in memory; more are given back, and read from the disk when they are needed."""
+CHUNK = 64
+"""Images that one thread decodes before it says so."""
+
+
+@dataclass(frozen=True, eq=False)
+class MappedImages:
+    """Images in one (N, H, W, C) uint8 file; what is read is copied, what is not read costs no memory."""
+
+    path: Path
+    digests: Digests
+    """(N,) as `image_digests` gives them, from when the images were decoded."""
+    flat: npt.NDArray[np.bool_]
+    """(N,) images of one colour."""
+    _map: np.memmap = field(init=False, repr=False)
+    _read: list[int] = field(default_factory=lambda: [0], init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_map", np.load(self.path, mmap_mode="r", allow_pickle=False))
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of every image."""
+        height, width, channels = self._map.shape[1:]
+        return height, width, channels
+
+    def __len__(self) -> int:
+        return len(self._map)
+
+    def read(self, indices: Rows) -> Pixels:
+        """The images at these positions: (B, H, W, C) uint8."""
+        found = np.array(self._map[indices])
+        self._read[0] += found.nbytes
+        if self._read[0] > HELD:
+            self._read[0] = 0
+            _release(self._map)
+        return found
+
+    def __reduce__(self) -> tuple[Callable[..., MappedImages], tuple[Path, Digests, npt.NDArray[np.bool_]]]:
+        """Another process maps the file anew; the pixels are not sent."""
+        return MappedImages, (self.path, self.digests, self.flat)
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """All files of a set, decoded."""
+
+    images: MappedImages
+    """(N, S, S, C); zero where undecodable."""
+    problems: list[tuple[str, str]]
+    """N codes and reasons; empty texts where the image is good."""
+    contents: Digests
+    """(N,) hash of each file's bytes."""
+    made: bool
+    """Whether the files were decoded now, not found in the cache."""
+
+
+def decode_all(paths: Sequence[Path], look: Look, root: Path, workers: int | None = None) -> Decoded:
+    """Decode every file once; the next call with the same files maps what the first one wrote.
+
+    A file that was changed, renamed or replaced since (another size or time of change) is another file.
+
+    Args:
+        paths: the files. look: what the pixels shall look like. root: the folder they lie in.
+        workers: threads; None: one a core. (Decoding releases Python's lock, so that threads are as fast as processes.)
+
+    Raises:
+        DataError: no room for the decoded images (D08).
+    """
+    stats = [path.stat() for path in paths]
+    named = [(str(p.relative_to(root)), s.st_size, s.st_mtime_ns) for p, s in zip(paths, stats, strict=True)]
+    key = fingerprint(VERSION, look.key(), str(root.resolve()), named)
+    folder = _folder()
+    file, facts = folder / f"{key}.npy", folder / f"{key}.facts.npz"
+    known = _facts(file, facts, (len(paths), look.size, look.size, look.channels))
+    made = known is None
+    if known is None:
+        known = _make(file, facts, paths, look, workers or usable_cores())
+    problems = [tuple(text.split("\t", 1)) for text in known["problems"].tolist()]
+    images = MappedImages(file, known["digests"], known["flat"])
+    return Decoded(images, [(p[0], p[1]) if len(p) == 2 else ("", "") for p in problems], known["contents"], made)
+
+
+def _folder() -> Path:
+    """Where the maps are kept; a temporary folder where the cache cannot be written."""
+    folder = cache_dir() / "images"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass
+    other = Path(tempfile.gettempdir()) / f"fedsec-images-{os.getuid() if hasattr(os, 'getuid') else 0}"
+    other.mkdir(mode=0o700, exist_ok=True)
+    return other
+
+
+def _facts(file: Path, facts: Path, shape: tuple[int, ...]) -> dict[str, npt.NDArray[np.generic]] | None:
+    """What was noted when the images were decoded; None where either file is missing or damaged."""
+    with suppress(OSError, ValueError, EOFError, KeyError):
+        if np.load(file, mmap_mode="r", allow_pickle=False).shape == shape:
+            with np.load(facts, allow_pickle=False) as arrays:
+                return {name: arrays[name] for name in ("digests", "flat", "problems", "contents")}
+    return None
+
+
+def _make(
+    file: Path, facts: Path, paths: Sequence[Path], look: Look, workers: int
+) -> dict[str, npt.NDArray[np.generic]]:
+    """Decode into a temporary file and rename it, then note the facts, without which the file does not count."""
+    shape = (len(paths), look.size, look.size, look.channels)
+    _check_room(file.parent, int(np.prod(shape)))
+    handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.stem}.", suffix=".tmp")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        start = _empty_npy(temporary, shape)
+        found = _fill(temporary, start, paths, look, workers)
+        columns = {
+            "digests": np.array([row[0] for row in found], dtype="S32"),
+            "contents": np.array([row[1] for row in found], dtype="S32"),
+            "flat": np.array([row[2] for row in found], dtype=bool),
+            "problems": np.array([row[3] for row in found], dtype=np.str_),
+        }
+        temporary.replace(file)
+        write_npz(facts, columns)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return columns
+
+
+def _fill(file: Path, start: int, paths: Sequence[Path], look: Look, workers: int) -> list[tuple[str, str, bool, str]]:
+    """Write every image at its place; digest, content hash, flatness and problem of each."""
+    stride = look.size * look.size * look.channels
+    black = np.zeros((look.size, look.size, look.channels), dtype=np.uint8)
+    handle = os.open(file, os.O_RDWR)
+
+    def some(first: int) -> list[tuple[str, str, bool, str]]:
+        rows = []
+        for i, path in enumerate(paths[first : first + CHUNK], start=first):
+            content, pixels, problem = _one(path, look)
+            pixels = black if pixels is None else np.ascontiguousarray(pixels)
+            digest = hashlib.blake2b(pixels.data, digest_size=16).hexdigest()
+            rows.append((digest, content, bool((pixels == pixels[:1, :1]).all()), problem))
+            os.pwrite(handle, pixels.data, start + i * stride)
+        return rows
+
+    progress = watcher()
+    progress.stage("decoding images", len(paths))
+    found: list[tuple[str, str, bool, str]] = []
+    try:
+        with ThreadPoolExecutor(max(1, workers)) as pool:
+            # A bounded queue: an interrupt waits for the blocks in work, not for all of them.
+            waiting: list[Future[list[tuple[str, str, bool, str]]]] = []
+            for first in range(0, len(paths), CHUNK):
+                waiting.append(pool.submit(some, first))
+                if len(waiting) > 2 * workers:
+                    found += waiting.pop(0).result()
+                    progress.advance(len(found))
+            for future in waiting:
+                found += future.result()
+                progress.advance(len(found))
+    finally:
+        os.close(handle)
+    return found
+
+
+def _one(path: Path, look: Look) -> tuple[str, Pixels | None, str]:
+    """Content hash, pixels and, where there are none, code and reason."""
+    content = b""
+    try:
+        content = path.read_bytes()
+        digest = hashlib.blake2b(content, digest_size=16).hexdigest()
+        return digest, decode(content, look), ""
+    except ImageFault as error:
+        code, reason = error.code, str(error)
+    except UNREADABLE as error:
+        code = "D08"
+        reason = str(error).partition("<_io")[0].replace(str(path), path.name) or type(error).__name__
+        reason = f"cannot be decoded: {reason.strip().replace(chr(10), ' ')}"
+    return hashlib.blake2b(content, digest_size=16).hexdigest(), None, f"{code}\t{reason}"
+
+
+def _empty_npy(file: Path, shape: tuple[int, ...]) -> int:
+    """A whole .npy file of zeros, without writing them; where its first value stands."""
+    if not shape[0]:
+        np.save(file.open("wb"), np.zeros(shape, dtype=np.uint8))
+        return 0
+    whole = open_memmap(file, mode="w+", dtype=np.uint8, shape=shape)
+    start = int(whole.offset)
+    del whole
+    return start
+
+
+def _check_room(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise DataError(
+            "D08",
+            f"{folder}: the decoded images need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; "
+            "set XDG_CACHE_HOME to a larger disk, or choose a smaller --size",
+        )
+
+
+def _release(array: np.memmap) -> None:
+    """Give the pages of a map back; they stay in the system's page cache as long as it has room."""
+    mapped = getattr(array, "_mmap", None)
+    if isinstance(mapped, mmap.mmap) and hasattr(mapped, "madvise"):
+        mapped.madvise(mmap.MADV_DONTNEED)
