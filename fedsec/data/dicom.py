@@ -174,7 +174,7 @@ def _fault(pydicom: Any, content: bytes, error: Exception) -> ImageFault:
     try:
         meta = pydicom.dcmread(io.BytesIO(content), stop_before_pixels=True, specific_tags=[]).file_meta
         syntax = pydicom.uid.UID(meta.TransferSyntaxUID)
-        if syntax.is_compressed and not isinstance(error, (EOFError, ValueError)):
+        if syntax.is_compressed and not pydicom.pixels.get_decoder(syntax).is_available:
             name = syntax.name if syntax.name != str(syntax) else "an unknown compression"
             packages = "pylibjpeg with pylibjpeg-libjpeg and pylibjpeg-openjpeg, or gdcm"
             return ImageFault("D18", f"is compressed as {name}; install {packages} to read it")
