@@ -1,7 +1,7 @@
 """fedsec: what a federated medical image classifier gives away, and what it costs to stop that.
 
-The entry points are `fedsec.run`, `fedsec.sweep`, `fedsec.models.build` and `fedsec.data.load`; importing the package
-loads nothing heavy.
+The entry points are `fedsec.run`, `fedsec.sweep`, `fedsec.audit`, `fedsec.models.build` and `fedsec.data.load`;
+importing the package loads nothing heavy.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "run", "sweep"]
+__all__ = ["__version__", "audit", "run", "sweep"]
 
 if TYPE_CHECKING:
-    from fedsec.api import run
+    from fedsec.api import audit, run
     from fedsec.grid.run import sweep
 
 
@@ -21,6 +21,10 @@ def __getattr__(name: str) -> Any:
         from fedsec.api import run
 
         return run
+    if name == "audit":
+        import importlib
+
+        return importlib.import_module("fedsec.audit")  # a package that can be called
     if name == "sweep":
         from fedsec.grid.run import sweep
 

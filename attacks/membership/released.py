@@ -45,6 +45,8 @@ def released_scores(attack: Membership, target: Target) -> tuple[Found, Notes]:
             notes.append("no shadows: the recipe of this model is not known; only methods without shadows ran")
         else:
             shadows = candidates.train_shadows(attack.shadows)
+            if len(shadows.models) < attack.shadows:
+                notes.append(f"budget: {len(shadows.models)} of {attack.shadows} shadow models were trained")
             found += _with_shadows(attack, candidates, own, shadows, target.device)
     return tuple(found), tuple(notes)
 

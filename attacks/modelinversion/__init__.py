@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from fedsec.findings import CandidatePlan, Findings, Target
 
+    from .prior import Prior
+
 
 METHODS = ("miface", "generative")
 
@@ -126,7 +128,7 @@ class ModelInversion(Attack):
             objective, sure = self.objective(model, label, x)
         return x.detach(), objective.detach(), sure.detach()
 
-    def search(self, model: nn.Module, label: int, prior: nn.Module, target: Target) -> tuple[Tensor, Tensor, Tensor]:
+    def search(self, model: nn.Module, label: int, prior: Prior, target: Target) -> tuple[Tensor, Tensor, Tensor]:
         """As `invert`, in the latent space of a generative prior: −ln p of the class plus how unusual the image is."""
         import torch
 

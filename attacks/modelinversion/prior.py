@@ -36,9 +36,8 @@ class Prior(nn.Module):
 
     def resized(self, small: Tensor) -> Tensor:
         """Images of the prior's own size as images of the wanted one."""
-        if self.small == self.shape:
-            return small
-        return F.interpolate(small, self.shape[1:], mode="bilinear", align_corners=False)
+        whole: Tensor = F.interpolate(small, self.shape[1:], mode="bilinear", align_corners=False)
+        return small if self.small == self.shape else whole
 
     def loss(self, x: Tensor, noise: Tensor) -> Tensor:
         """Negative evidence bound per image (Gaussian pixels of standard deviation 0.1), averaged.
@@ -50,7 +49,8 @@ class Prior(nn.Module):
         mean, log_variance = self.encoder(flat).chunk(2, 1)
         drawn = self.decoder(mean + noise * (log_variance / 2).exp())
         divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(1)
-        return ((drawn - flat).square().sum(1) / 0.02 + divergence).mean()
+        bound: Tensor = (drawn - flat).square().sum(1) / 0.02 + divergence
+        return bound.mean()
 
 
 def trained(images: Tensor, generator: torch.Generator, epochs: int, batch: int = 64) -> Prior:

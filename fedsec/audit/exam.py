@@ -44,6 +44,8 @@ class Exam:
     history: tuple[ServerView, ...] = ()
     cache: Path = Path()
     """Where shadows are kept."""
+    deadline: float | None = None
+    """`time.monotonic()` after which no further shadows are started."""
     progress: Progress = field(default_factory=Progress)
 
     def target(self, plan: CandidatePlan) -> Target:
@@ -53,7 +55,9 @@ class Exam:
         px, py = self.dataset.batch(population)
         shadows = None
         if self.federation is not None:
-            shadows = partial(train_shadows, self.federation, rows, folder=self.cache, progress=self.progress)
+            shadows = partial(
+                train_shadows, self.federation, rows, folder=self.cache, progress=self.progress, deadline=self.deadline
+            )
         public = PublicData(f"{self.dataset.name}, population", px, py)
         candidates = Candidates(
             images=x,

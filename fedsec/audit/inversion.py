@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 SPLITS = 1000
 NETWORK, SIDE = "cnn", 32
-RECIPE = LocalRecipe("multiclass", 2, lr=0.02, momentum=0.9, weight_decay=0.0, batch_size=32, epochs=10, steps=None)
+RECIPE = LocalRecipe("multiclass", 2, lr=0.02, momentum=0.9, weight_decay=0.0, batch_size=32, epochs=None, steps=300)
 """How the independent model is trained."""
 LIMIT = 0.01
 

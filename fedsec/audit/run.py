@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,8 @@ class Wanted:
     fail_on: Side = "lower"
     strict: bool = False
     allow_shift: bool = False
+    budget: float | None = None
+    """Seconds of wall time; fewer shadows, then fewer attacks, once they run out."""
     redact: bool = False
     report: Path | None = None
     json: Path | None = None
@@ -94,7 +96,8 @@ def audit(
     else:
         subject = of_file(path, said, data_dir, cache or Path(tempfile.gettempdir()) / "fedsec-audit", progress)
     refuse(subject.exam, wanted.allow_shift)
-    result, pictures, notes = ask(subject.exam, attacks, progress)
+    deadline = None if wanted.budget is None else time.monotonic() + wanted.budget - (time.perf_counter() - start)
+    result, pictures, notes = ask(replace(subject.exam, deadline=deadline), attacks, progress)
     if subject.dp:
         result["dp_audit"] = subject.dp
     thresholds = gates.gate(result, wanted.fail_above, wanted.fail_on)
@@ -176,6 +179,9 @@ def ask(exam: Exam, attacks: Sequence[Attack], progress: Progress) -> tuple[dict
     for attack in attacks:
         plan = attack.candidates()
         assert plan is not None
+        if exam.deadline is not None and time.monotonic() > exam.deadline and result:
+            notes.append(f"{attack.name}: left out, the budget was spent")
+            continue
         progress.stage(attack.name, 1)
         findings = attack.conclude(exam.target(plan)) or Findings()
         judged = exam.judge(findings)

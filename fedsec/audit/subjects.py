@@ -14,19 +14,21 @@ from numpy.typing import NDArray
 
 from fedsec import checkpoint, data
 from fedsec.audit import cohort as cohorts
+from fedsec.audit.claims import of_ledger, with_profile
 from fedsec.audit.exam import Exam, of_training
 from fedsec.audit.model import OpenedModel, check_code, digest_of, open_model
 from fedsec.config import Cell, FederationConfig, ModelConfig, expand, read_resolved, read_toml
 from fedsec.data.base import Dataset
 from fedsec.data.digest import PARTS
 from fedsec.data.partition import partition
-from fedsec.errors import ConfigError
+from fedsec.errors import ConfigError, RefusedError
 from fedsec.experiment import Stage, dp_audit, training_key_of
 from fedsec.federation import history
 from fedsec.federation.assemble import Federation, assemble, federate, resolve
 from fedsec.federation.training import Training
+from fedsec.privacy.ledger import PARTS as LEDGERS
 from fedsec.progress import Progress
-from fedsec.types import RoundContext
+from fedsec.types import RoundContext, ServerView
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,10 @@ class Said:
     model: str | None = None
     epsilon: float | None = None
     delta: float = 1e-5
+    ledger: Path | None = None
+    """Of the training: what it proves is the claim."""
+    history: Path | None = None
+    """Folder with the updates of the training, as a run with an attack from the server's seat leaves it."""
     unit: str | None = None
     """Of the claim; None: the run's own, or one image."""
     seed: int = 0
@@ -92,6 +98,11 @@ def of_run(folder: Path, cell_id: str | None, data_dir: Path | None, said: Said,
         own = training.privacy.get("unit") or (federation.canaries.unit if federation.canaries else "sample")
         claim = said.claim(own)
         training = replace(training, privacy=dict(claim))
+    if said.ledger is not None:
+        claim = of_ledger(said.ledger)
+        training = replace(training, privacy=dict(claim))
+    elif claim is not None:
+        claim = with_profile(claim, folder / "artifacts" / LEDGERS / f"{training_key_of(cell)}.jsonl")
     return Subject(exam, opened, claim, dp_audit(Stage(federation, training), cell.seed))
 
 
@@ -131,6 +142,7 @@ def of_file(path: Path, said: Said, data_dir: Path | None, cache: Path, progress
     seed = RoundContext(said.seed, 0, 0).entropy("exam")
     cohort = cohorts.assembled(members, others, population, owner, f"--nonmembers {said.nonmembers}", draw)
     federation = None if said.recipe is None else _recipe(said, dataset, members, opened)
+    views = () if said.history is None else _history(said.history, federation)
     exam = Exam(
         dataset=dataset,
         cohort=cohorts.checked(dataset, cohort, seed),
@@ -139,13 +151,42 @@ def of_file(path: Path, said: Said, data_dir: Path | None, cache: Path, progress
         seed=seed,
         device=torch.device("cpu"),
         federation=federation,
+        history=views,
         cache=cache,
         progress=progress,
     )
-    claim = None
+    claim: Mapping[str, Any] | None = None
     if said.epsilon is not None:
         claim = said.claim("sample")
+    if said.ledger is not None:
+        claim = of_ledger(said.ledger)
+        if claim["data_fingerprint"] not in (None, dataset.fingerprint):
+            raise RefusedError(f"--ledger {said.ledger}: a training on other data: the claim belongs to another run")
     return Subject(exam, opened, claim, {})
+
+
+def _history(folder: Path, federation: Federation | None) -> tuple[ServerView, ...]:
+    """The views in a folder, read with the recipe of their training.
+
+    Raises:
+        ConfigError: no recipe, no history, or one of another model.
+    """
+    if federation is None:
+        raise ConfigError(f"--history {folder}: needs --recipe, which says how the clients trained")
+    try:
+        views = history.views_of(folder, federation)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"--history {folder}: not a history of fedsec ({error})") from None
+    if not views:
+        raise ConfigError(f"--history {folder}: holds no {history.FILE}; a run with --attack membership:… leaves one")
+    expected = federation.seats.sharing.params.size
+    for view in views:
+        sizes = {view.params.numel(), *(update.delta.numel() for update in view.updates)}
+        if sizes != {expected}:
+            raise ConfigError(
+                f"--history {folder}: round {view.round} holds {max(sizes):,} weights, the model has {expected:,}"
+            )
+    return views
 
 
 def _recipe(said: Said, dataset: Dataset, members: NDArray[np.int64], opened: OpenedModel) -> Federation:

@@ -26,6 +26,9 @@ FILE = click.Path(path_type=Path)
 @click.option("--claimed-epsilon", type=float, help="Claim to compare with; a run folder knows its own.")
 @click.option("--unit", metavar="UNIT", help="What the claim protects: sample, patient, client (default: the run's).")
 @click.option("--delta", type=float, default=1e-5, help="Of the claim (default 1e-5).")
+@click.option("--ledger", type=FILE, help="A run's ledger (JSON lines): what it proves is the claim.")
+@click.option("--history", type=FILE, help="Folder with the updates of the training, for attacks on them.")
+@click.option("--budget", metavar="SECONDS", help="Wall time, as 180 or 180s: fewer shadows, then fewer attacks.")
 @click.option("--fail-above", multiple=True, metavar="KEY=VALUE", help="Exit 1 above; auc, tpr_at_1pct_fpr, epsilon …")
 @click.option("--fail-on", type=click.Choice(["lower", "point", "upper"]), default="lower", help="What is compared.")
 @click.option("--strict", is_flag=True, help="A threshold on something that cannot be resolved fails.")
@@ -66,6 +69,8 @@ def command(
         epsilon=options["claimed_epsilon"],
         delta=options["delta"],
         unit=options["unit"],
+        ledger=options["ledger"],
+        history=options["history"],
         seed=options["seed"],
     )
     wanted = Wanted(
@@ -75,6 +80,7 @@ def command(
         fail_on=options["fail_on"],
         strict=options["strict"],
         allow_shift=options["allow_shift"],
+        budget=seconds(options["budget"]),
         redact=options["redact"],
         report=options["report"],
         json=None if alone else options["json_file"],
@@ -89,6 +95,25 @@ def command(
     else:
         show(report)
     return int(report["exit_code"])
+
+
+def seconds(text: str | None) -> float | None:
+    """`180` or `180s`.
+
+    Raises:
+        ConfigError: not a number of seconds above 0.
+    """
+    from fedsec.errors import ConfigError
+
+    if text is None:
+        return None
+    try:
+        found = float(text.removesuffix("s"))
+    except ValueError:
+        found = 0.0
+    if not found > 0:
+        raise ConfigError(f"--budget {text}: write a number of seconds, as 180 or 180s")
+    return found
 
 
 def show(report: dict[str, Any]) -> None:

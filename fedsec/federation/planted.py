@@ -65,7 +65,7 @@ class Directions:
                 "memory; take dirac, or fewer"
             )
         rows = torch.randn(self.count, self.layout.size, generator=draw.generator("canary-directions"))
-        return rows / rows.norm(dim=1, keepdim=True)
+        return torch.nn.functional.normalize(rows)
 
     def vector(self, number: int) -> Tensor:
         """(d,) of one canary."""
@@ -78,8 +78,7 @@ class Directions:
 
     def project(self, flat: Tensor) -> Tensor:
         """(m,) inner products with a flat vector (d,)."""
-        found: Tensor = flat[self._drawn] if self.dirac else self._drawn @ flat
-        return found
+        return flat[self._drawn] if self.dirac else torch.mv(self._drawn, flat)
 
 
 @dataclass

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import pickle
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -86,13 +87,19 @@ def halves(groups: NDArray[np.str_], count: int, seed: int) -> NDArray[np.bool_]
 
 
 def train_shadows(
-    federation: Federation, rows: NDArray[np.int64], count: int, folder: Path, progress: Progress | None = None
+    federation: Federation,
+    rows: NDArray[np.int64],
+    count: int,
+    folder: Path,
+    progress: Progress | None = None,
+    deadline: float | None = None,
 ) -> Shadows:
     """Train the shadows of a federation, or find them.
 
     Args:
         federation: the target's. rows: data set rows (N,) of the candidates. count: of shadows, even.
         folder: finished shadows are kept in `shadows-<hash>` below it, a file each.
+        deadline: `time.monotonic()` by which to be done: pairs that would not be are left out, but for the first.
 
     Raises:
         RunError: a worker process died.
@@ -111,13 +118,27 @@ def train_shadows(
 
         pooled = federation.cell.federation.engine == "processes"
         workers = min(usable_cores(), len(missing)) if pooled else 1
-        for done, (number, weights) in enumerate(_run(job, missing, workers), start=count - len(missing) + 1):
-            checkpoint.save(paths[number], dict(zip(("params", "buffers"), weights, strict=True)), {})
-            progress.advance(done)
-    loaded = [checkpoint.load(path)[0] for path in paths]
+        start = time.monotonic()
+        for block in [missing] if deadline is None else _pairs(missing):
+            for number, weights in _run(job, block, workers):
+                checkpoint.save(paths[number], dict(zip(("params", "buffers"), weights, strict=True)), {})
+                progress.advance(sum(path.is_file() for path in paths))
+            trained = missing.index(block[-1]) + 1
+            next_pair = (time.monotonic() - start) / trained * 2
+            if deadline is not None and time.monotonic() + next_pair > deadline:
+                break
+    complete = [n for n in range(0, count, 2) if paths[n].is_file() and paths[n + 1].is_file()]
+    kept = [n for first in complete for n in (first, first + 1)]
+    contains = contains[kept]
+    loaded = [checkpoint.load(paths[n])[0] for n in kept]
     device = federation.device
-    trained = [(t["params"].to(device), t["buffers"].to(device)) for t in loaded]
-    return Shadows(contains, tuple(partial(federation.build_model, pair) for pair in trained))
+    weights_of = [(t["params"].to(device), t["buffers"].to(device)) for t in loaded]
+    return Shadows(contains, tuple(partial(federation.build_model, pair) for pair in weights_of))
+
+
+def _pairs(numbers: Sequence[int]) -> list[list[int]]:
+    """Shadow 2j with shadow 2j + 1."""
+    return [[n for n in numbers if n // 2 == pair] for pair in sorted({n // 2 for n in numbers})]
 
 
 def recipe_hash(federation: Federation, rows: NDArray[np.int64]) -> str:
