@@ -87,7 +87,7 @@ class FederationConfig:
     ] = None
     client_timeout: Annotated[float | None, Field(gt=0, description="seconds before a client is given up")] = None
     engine: Annotated[
-        Literal["auto", "serial", "processes", "flower"],
+        Literal["auto", "serial", "processes", "batched", "flower"],
         Field(description="where clients train; auto: a process a core"),
     ] = "auto"
     device: Annotated[str, Field(description="auto, cpu, cuda or cuda:N")] = "auto"

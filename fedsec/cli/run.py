@@ -67,7 +67,7 @@ PLACES = {
 )
 @click.option("--canaries", type=int, help="Canaries to audit a claimed epsilon with (default 0).")
 @click.option("--canary", metavar="KIND", help="mislabelled, dirac, random, client_dirac or client_random.")
-@click.option("--engine", metavar="NAME", help="serial, processes, flower or auto.")
+@click.option("--engine", metavar="NAME", help="serial, processes, batched, flower or auto.")
 @click.option("--device", metavar="NAME", help="cpu, cuda, cuda:N or auto.")
 @click.option("--seed", type=int, help="Seed of everything random (default 0).")
 @click.option("--seeds", type=click.IntRange(min=1), help="Run seeds 0 to N-1.")

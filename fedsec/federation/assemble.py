@@ -91,6 +91,10 @@ class Federation:
         settings = self.cell.federation
         if settings.engine == "processes":
             return Processes(self.seats, self.clients, timeout=settings.client_timeout)
+        if settings.engine == "batched":
+            from fedsec.federation.engines.batched import Batched
+
+            return Batched(self.seats, self.clients)
         if settings.engine == "flower":
             from fedsec.federation.engines.flower import open_engine
 
