@@ -20,7 +20,10 @@ from fedsec.errors import FedsecError
 from fedsec.federation.engines.base import ClientData, Engine, reason
 from fedsec.federation.engines.serial import Serial
 from fedsec.federation.local import shuffled_batches
-from fedsec.federation.round import Reply, Seats, Turn, load, sized
+from fedsec.federation.round import sized
+from fedsec.federation.seats import Reply, Seats, Turn
+from fedsec.federation.sharing import load
+from fedsec.federation.strategy import Strategy
 from fedsec.models.loss import task_loss
 from fedsec.types import Update, sorted_by_client
 
@@ -57,7 +60,7 @@ class Batched(Engine):
             yield from sorted_by_client([*self._stacked(stacked), *self.serial.train(alone)])
 
     def _alike(self, turn: Turn, first: Turn) -> bool:
-        common = turn.params is first.params and turn.local is None
+        common = turn.params is first.params and turn.local is None and not turn.own and not turn.keep
         return common and turn.client not in self.seats.malicious and turn.max_steps is None
 
     def _stacked(self, turns: Sequence[Turn]) -> list[Reply]:
@@ -134,4 +137,7 @@ def stackable(seats: Seats) -> bool:
     plain = all(type(d).local_step is Defense.local_step for d in seats.defenses)
     prepared = all(type(d).prepare_model is Defense.prepare_model for d in seats.defenses)
     random = any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in seats.model.modules())
-    return plain and prepared and not random and seats.sharing.buffers.size == 0 and seats.sharing.local.size == 0
+    hooks = ("begin", "objective", "local_step", "finish", "report", "wire")
+    usual = all(getattr(type(seats.strategy), hook) is getattr(Strategy, hook) for hook in hooks)
+    whole = seats.sharing.buffers.size == 0 and seats.sharing.local.size == 0
+    return plain and prepared and usual and whole and not random and seats.planted is None
