@@ -31,10 +31,12 @@ import torch
 
 from fedsec import models, plugins
 from fedsec.federation.aggregate import WeightedMean
+from fedsec.federation.desk import ServerState
 from fedsec.federation.engines.base import ClientData, Engine
 from fedsec.federation.engines.processes import Processes
 from fedsec.federation.engines.serial import Serial
-from fedsec.federation.round import Seats, ServerState, run_round
+from fedsec.federation.round import run_round
+from fedsec.federation.seats import Seats
 from fedsec.federation.strategy import FedAvg
 from fedsec.federation.streaming import run_streamed
 from fedsec.machine import prepare_for_small_networks

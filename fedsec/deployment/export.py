@@ -100,7 +100,8 @@ def _check(federation: Federation, first: Federation) -> None:
     strategy = type(seats.strategy)
     if seats.sharing.local.size or strategy.finish is not Strategy.finish or seats.strategy.final_epochs:
         raise ConfigError(
-            f"strategy {cell.federation.strategy}: personal tensors and what it keeps at the clients would travel to the server"
+            f"strategy {cell.federation.strategy}: personal tensors, and what it keeps at the clients, would travel to "
+            "the server"
         )
     if cell.model.weights is not None:
         raise ConfigError(f"model.weights={cell.model.weights}: the nodes do not have this file")

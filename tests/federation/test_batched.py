@@ -12,7 +12,8 @@ from fedsec import models, plugins
 from fedsec.federation.engines.base import Engine
 from fedsec.federation.engines.batched import Batched, stackable
 from fedsec.federation.engines.serial import Serial
-from fedsec.federation.round import Seats, run_round
+from fedsec.federation.round import run_round
+from fedsec.federation.seats import Seats
 from fedsec.plugins import PluginSpec
 from fedsec.types import RoundContext
 
