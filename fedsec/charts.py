@@ -84,7 +84,8 @@ def tradeoff_front(points: Sequence[Point], path: Path) -> list[Path]:
     _label_points(axes, points, labels, families, height * 72 * axes.get_position().height)
     title = f"{points[0].dataset}, {points[0].model}: {short(points[0].attack)}"
     figure.text(0.11, 1 - 0.16 / height, wrapped(title, 95), fontsize=8.5, va="center")
-    note = f"better: up and left; dashed: Pareto front; bars: 95 % intervals; seeds: {_seeds(points)}"
+    better = "up and left" if measure.higher_is_worse else "up and right"
+    note = f"better: {better}; dashed: Pareto front; bars: 95 % intervals; seeds: {_seeds(points)}"
     figure.text(0.11, 0.1 / height, note, fontsize=7, color=MUTED)
     rows = [
         (p.attack, p.defense, p.epsilon if p.epsilon is not None else "", *_three(p.utility), *_three(p.leakage),

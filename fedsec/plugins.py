@@ -63,8 +63,15 @@ class PluginSpec:
         return {"name": self.name, **params}
 
     def __str__(self) -> str:
-        words = ",".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in self.params.items())
+        words = ",".join(f"{key}={_word(value)}" for key, value in self.params.items())
         return f"{self.name}:{words}" if words else self.name
+
+
+def _word(value: Any) -> str:
+    """A value as people write it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def parse_stack(word: str) -> tuple[PluginSpec, ...]:
