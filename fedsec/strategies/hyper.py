@@ -11,8 +11,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fedsec.errors import ConfigError
-from fedsec.federation.desk import Setting, Site, seeded
-from fedsec.federation.sharing import Sharing, resolve
+from fedsec.federation.desk import ServerState, Setting, Site, seeded
+from fedsec.federation.sharing import Sharing
 from fedsec.federation.strategy import Label, Strategy
 from fedsec.models.base import Backbone, Normalised
 from fedsec.models.film import PROTOCOL_LENGTH, HyperNetwork
@@ -39,7 +39,7 @@ class FilmHeaded(Backbone):
         self.net = net
         self.embed_dim, self.input = net.embed_dim, net.input
         self.hyper = HyperNetwork(net.embed_dim, init=init)
-        self.register_buffer("protocol", torch.tensor(protocol(*SCANNERS[0])))
+        self.protocol = torch.tensor(protocol(*SCANNERS[0]))
 
     def embed(self, x: Tensor) -> Tensor:
         """γ ⊙ features + β."""
@@ -88,18 +88,27 @@ class HFFed(Strategy):
         model.net = headed  # type: ignore[assignment]
         return model
 
-    def sharing(self, model: nn.Module) -> Sharing:
-        """The hypernetwork stays, and the protocol where the network holds it."""
-        holds = any(name.rpartition(".")[2] == "protocol" for name, _ in model.named_buffers())
-        return resolve(model, ("key:*hyper.*", *(("key:*protocol",) if holds else ())), self.name)
+    def local_selectors(self) -> tuple[str, ...]:
+        """The hypernetwork."""
+        return ("key:*hyper.*",)
 
     def begin(self, site: Site) -> None:
-        """Each hospital knows its scanner: the five of the released code, dealt in turn."""
-        vector = torch.tensor(protocol(*SCANNERS[max(site.client, 0) % len(SCANNERS)]))
-        with torch.no_grad():
-            for name, buffer in site.model.named_buffers():
-                if name.rpartition(".")[2] == "protocol":
-                    buffer.copy_(vector)
+        """Each hospital knows its scanner."""
+        set_scanner(site.model, site.client)
+
+    def personal_model(
+        self, model: nn.Module, sharing: Sharing, client: int, state: ServerState, images: Tensor
+    ) -> nn.Module:
+        """The shared network with this hospital's hypernetwork and scanner."""
+        set_scanner(model, client)
+        return super().personal_model(model, sharing, client, state, images)
+
+
+def set_scanner(model: nn.Module, client: int) -> None:
+    """Give the network this hospital's protocol: the five scanners of the released code, dealt in turn."""
+    for module in model.modules():
+        if isinstance(getattr(module, "hyper", None), HyperNetwork):
+            module.protocol = torch.tensor(protocol(*SCANNERS[max(client, 0) % len(SCANNERS)]))
 
 
 def protocol(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fedsec import models
-from fedsec.strategies.hyper import SCANNERS, HFFed, protocol
+from fedsec.strategies.hyper import SCANNERS, HFFed, protocol, set_scanner
 
 from . import small
 
@@ -34,11 +34,12 @@ def test_red_cnn_uploads_the_shared_part_alone() -> None:
 def test_after_a_round_the_network_is_common_and_hypernetworks_differ() -> None:
     table, state, _ = small.trained(HFFed())
     assert not [n for n in table.sharing.params.names if "hyper" in n]
-    assert all("hyper" in n or n.endswith("protocol") for n in table.sharing.local.names)
+    assert all("hyper" in n for n in table.sharing.local.names)
     assert not torch.equal(state.local[0], state.local[1])
-    protocols = [table.sharing.local.views(state.local[k])["net.protocol"] for k in range(3)]
-    for found, expected in zip(protocols, VECTORS, strict=False):
-        torch.testing.assert_close(found, torch.tensor(expected), rtol=0, atol=1e-4)
+    x = small.clients()[0][0]
+    for client, expected in enumerate(VECTORS[:3]):
+        model = HFFed().personal_model(small.twin(table), table.sharing, client, state, x)
+        assert model.net.protocol.tolist() == pytest.approx(expected, abs=6e-5)  # type: ignore[union-attr]
 
 
 def test_a_hypernetwork_matters_and_the_protocol_hardly() -> None:
@@ -48,12 +49,10 @@ def test_a_hypernetwork_matters_and_the_protocol_hardly() -> None:
     x = small.clients()[0][0]
 
     def outputs(hyper_of: int, protocol_of: int) -> torch.Tensor:
-        mixed = state.local[hyper_of].clone()
-        views = table.sharing.local.views(mixed)
-        views["net.protocol"].copy_(table.sharing.local.views(state.local[protocol_of])["net.protocol"])
-        twin = type(state)(state.params, state.buffers, {0: mixed})
+        model = strategy.personal_model(small.twin(table), table.sharing, hyper_of, state, x)
+        set_scanner(model, protocol_of)
         with torch.no_grad():
-            return strategy.personal_model(small.twin(table), table.sharing, 0, twin, x).eval()(x)  # type: ignore[no-any-return]
+            return model.eval()(x)  # type: ignore[no-any-return]
 
     own = outputs(0, 0)
     assert float((outputs(0, 1) - own).norm()) < 0.5 * float((outputs(1, 0) - own).norm())
