@@ -79,7 +79,7 @@ def check(
     """
     from fedsec.cli.console import ConsoleProgress
     from fedsec.data.check import check as examine
-    from fedsec.data.check import with_options
+    from fedsec.data.registry import with_options
     from fedsec.progress import watching
 
     with ConsoleProgress(quiet=as_json) as progress, watching(progress):

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedsec import plugins
 from fedsec.data import registry
 from fedsec.data.base import Dataset
 from fedsec.data.digest import image_digests
 from fedsec.data.listing import shared_groups
 from fedsec.data.near import Pairs, near_pairs, thumbnails
+from fedsec.data.registry import with_options
 from fedsec.errors import ConfigError, DataError
 
 SHOWN = 5
@@ -80,8 +80,7 @@ class Checkup:
         if d.report.unknown_labels:
             known = ", ".join(f"{name} {count:,}" for name, count in d.report.unknown_labels.items())
             found.append(f"unknown labels: {known}")
-        for row in d.report.bad:
-            found.append(f"bad: {row}")
+        found += [f"bad: {row}" for row in d.report.bad]
         if self.bad > len(d.report.bad):
             found.append(f"bad: {self.bad - len(d.report.bad):,} more")
         for name, pairs in (("exact duplicates", self.exact), ("near duplicates", self.near)):
@@ -186,14 +185,6 @@ def of_dataset(dataset: Dataset, layouts: tuple[str, ...] = ()) -> Checkup:
         shared=shared_groups(dataset.split.tolist(), dataset.groups().tolist()),
         confounding=_mutual_information(dataset),
     )
-
-
-def with_options(given: str, **options: str) -> str:
-    """A name or path with further options behind it; those that it has already stay."""
-    match = registry.OPTIONS.fullmatch(given)
-    name, words = (match["path"], match["options"]) if match and not Path(given).exists() else (given, "")
-    params = {**options, **plugins.PluginSpec.parse(f"data:{words}").params}
-    return f"{name}:{','.join(f'{key}={value}' for key, value in params.items())}" if params else given
 
 
 def _missing(dataset: Dataset, column: str) -> int:

@@ -23,9 +23,9 @@ COLUMNS = ("patient", "lesion", "site", "view", "sex", "age")
 def fix(checkup: Checkup, folder: Path, source: Path) -> str:
     """Write what is good about a data set into a new folder; the source is only read.
 
-    Left out: what cannot be decoded, and copies of an earlier image. Where a patient or copies lay in several parts, all
-    parts are made anew by patient. A folder of images becomes `labels.csv`, whose rows name files of the source; an npz
-    file becomes another one.
+    Left out: what cannot be decoded, and copies of an earlier image. Where a patient or copies lay in several parts,
+    all parts are made anew by patient. A folder of images becomes `labels.csv`, whose rows name files of the source;
+    an npz file becomes another one.
 
     Args:
         checkup: of the data set. folder: new or empty. source: the folder or file that was checked.

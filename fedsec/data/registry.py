@@ -105,6 +105,14 @@ def _resolve(
     return name, loader, path, options, size
 
 
+def with_options(given: str, **options: str) -> str:
+    """A name or path with further options behind it; those that it has already stay."""
+    match = OPTIONS.fullmatch(given)
+    name, words = (match["path"], match["options"]) if match and not Path(given).exists() else (given, "")
+    params = {**options, **plugins.PluginSpec.parse(f"data:{words}").params}
+    return f"{name}:{','.join(f'{key}={value}' for key, value in params.items())}" if params else given
+
+
 def search_path(data_dir: Path | str | None = None) -> list[Path]:
     """The folders in which names are looked up, in order.
 
