@@ -132,12 +132,12 @@ def tables_of(
     """The configuration that the options spell, on top of a file's."""
     tables = read_tables(config)
     for name, value in options.items():
-        if value is not None:
+        if value is not None and name in PLACES:
             table, key = PLACES[name]
             if name == "topology" and "," in value:
                 value = value.split(",")
             tables[table] = {**tables.get(table, {}), key: value}
-    if skip_bad and "name" in tables.get("data", {}):
+    if options.get("skip_bad") and "name" in tables.get("data", {}):
         from fedsec.data.registry import with_options
 
         tables["data"] = {**tables["data"], "name": with_options(tables["data"]["name"], on_bad="skip")}
