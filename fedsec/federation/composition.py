@@ -234,7 +234,8 @@ def check_privacy(strategy: Strategy, claiming: Sequence[Defense]) -> None:
 
 def leaves(strategy: Any) -> tuple[str, ...]:
     """What leaves the hospital beyond parameters, one line each."""
-    return tuple(f"{r.name}: {r.tells}" for r in strategy.reports)
+    reports = tuple(f"{r.name}: {r.tells}" for r in strategy.reports)
+    return (*reports, f"buffers: {strategy.statistics}") if strategy.statistics else reports
 
 
 def composes(strategy: Any) -> tuple[str, ...]:

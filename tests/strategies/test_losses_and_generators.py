@@ -181,9 +181,7 @@ def test_only_the_cnn_leaves_the_hospital() -> None:
     assert table.sharing.buffers.size == 0
     assert not torch.equal(state.local[0], state.local[1])
     shared = small.federation(SiteAwareGNN(nodes="shared"))[0].sharing
-    assert {n for n in shared.local.names} == {
-        f"net.label_graph.{n}" for n in ("first.weight", "second.weight", "adjacency")
-    }
+    assert set(shared.local.names) == {f"net.label_graph.{n}" for n in ("first.weight", "second.weight", "adjacency")}
 
 
 # --- replay --------------------------------------------------------------------------------------------------------
