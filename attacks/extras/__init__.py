@@ -27,6 +27,7 @@ class Extras(Attack):
     seat: ClassVar[Literal["server"]] = "server"
     goal: ClassVar[str] = "tell an image's hospital, or that it was trained on, from what is sent beside the parameters"
 
+    reads_parameters: ClassVar[bool] = False
     samples: Annotated[int, Field(ge=1, description="images drawn of a generator for each class")] = 200
 
     def candidates(self) -> CandidatePlan:
