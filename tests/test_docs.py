@@ -236,6 +236,7 @@ RARE = {
     "lift",
     "attack_success_images",
 }
+RARE |= {"shared", "constant_outputs"}
 RARE |= {"aggregation", "scheme", "degree", "modulus_bits", "scale_bits", "security_bits", "key_topology"}
 RARE |= {"public_context_bytes", "fraction_encrypted", "flood_lambda", "threshold", "keygen_seconds"}
 RARE |= {"encrypt_seconds", "serialise_seconds", "mask_seconds", "server_load_seconds", "server_add_seconds"}

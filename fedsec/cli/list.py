@@ -47,10 +47,24 @@ def details(kind: str, name: str) -> list[str]:
         return [str(inspect.signature(plugin))]
     seat = getattr(plugin, "seat", None)
     lines = [f"seat: {seat}"] if seat else []
+    if kind == "strategies":
+        lines += origin(plugin)
     for key, (annotation, default, text) in plugins.parameter_fields(plugin).items():
         shown = "required" if default is dataclasses.MISSING else f"default {default}"
         lines.append(f"{key}: {type_name(annotation)}, {shown}{f'. {text}' if text else ''}")
     return lines
+
+
+def origin(strategy: Any) -> list[str]:
+    """Where a strategy is from, what leaves the hospital beyond parameters, and which defenses stand beside it."""
+    from fedsec.federation.composition import composes, leaves
+
+    told = leaves(strategy) or (("no parameters, and nothing else",) if strategy.shares_nothing else ("nothing",))
+    return [
+        f"source: {strategy.source} ({strategy.label})",
+        *(f"leaves beyond parameters: {line}" for line in told),
+        *(f"defenses: {line}" for line in composes(strategy)),
+    ]
 
 
 def type_name(annotation: Any) -> str:

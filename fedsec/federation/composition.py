@@ -207,8 +207,13 @@ def check_seat(strategy: Strategy, attack: Attack) -> None:
     """Refuse a curious server where there is none.
 
     Raises:
-        ConfigError: the strategy has no server to sit at.
+        ConfigError: the strategy has no server to sit at, or no parameter reaches it.
     """
+    if strategy.shares_nothing and attack.reads_parameters and attack.seat != "client":
+        raise ConfigError(
+            f"{attack.name}: under {strategy.name} no parameter leaves a client and no model is released; what else "
+            "leaves is read by --attack extras"
+        )
     if strategy.server_seat and attack.seat in ("server", "malicious-server"):
         raise ConfigError(f"{attack.name}: {strategy.server_seat}")
 
@@ -234,7 +239,8 @@ def check_privacy(strategy: Strategy, claiming: Sequence[Defense]) -> None:
 
 def leaves(strategy: Any) -> tuple[str, ...]:
     """What leaves the hospital beyond parameters, one line each."""
-    return tuple(f"{r.name}: {r.tells}" for r in strategy.reports)
+    reports = tuple(f"{r.name}: {r.tells}" for r in strategy.reports)
+    return (*reports, f"buffers: {strategy.statistics}") if strategy.statistics else reports
 
 
 def composes(strategy: Any) -> tuple[str, ...]:

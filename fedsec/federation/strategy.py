@@ -37,6 +37,8 @@ class Strategy:
     """How close to its source: from the paper's or released formulas, with named corrections, or a design of ours."""
     reports: ClassVar[tuple[Report, ...]] = ()
     """All that leaves a client beside its shared tensors; anything else is turned away by the server."""
+    statistics: ClassVar[str] = "BatchNorm means and variances, where the model has BatchNorm"
+    """What shared buffers tell of the images; they travel with every upload."""
     personal: ClassVar[bool] = False
     """Clients are judged on models of their own."""
     shares_nothing: ClassVar[bool] = False

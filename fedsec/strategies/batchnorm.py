@@ -30,6 +30,8 @@ class SiloBN(Strategy):
     goal: ClassVar[str] = "BatchNorm statistics stay at the client, scale and shift are averaged"
     source: ClassVar[str] = "Andreux et al., DART 2020"
     personal: ClassVar[bool] = True
+    statistics: ClassVar[str] = ""
+    not_private: ClassVar[str] = "dp replaces BatchNorm by GroupNorm, and nothing is left to keep"
 
     def local_selectors(self) -> tuple[str, ...]:
         """Running statistics."""
@@ -49,6 +51,8 @@ class FedBN(Strategy):
     goal: ClassVar[str] = "all BatchNorm tensors stay at the client"
     source: ClassVar[str] = "Li et al., ICLR 2021"
     personal: ClassVar[bool] = True
+    statistics: ClassVar[str] = ""
+    not_private: ClassVar[str] = "dp replaces BatchNorm by GroupNorm, and nothing is left to keep"
     uniform: Annotated[bool, Field(description="equal weights, whatever sizes the clients claim")] = True
 
     def local_selectors(self) -> tuple[str, ...]:

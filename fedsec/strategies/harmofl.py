@@ -78,6 +78,7 @@ class HarmoFL(Strategy):
     goal: ClassVar[str] = "images get the federation's mean amplitude spectrum"
     source: ClassVar[str] = "Jiang, Wang and Dou, AAAI 2022"
     label: ClassVar[Label] = "faithful, fixed"
+    statistics: ClassVar[str] = "the mean amplitude spectrum of its images, in its first upload"
     not_private: ClassVar[str] = "the mean amplitude of its images travels, and the perturbation is a second gradient"
     uniform: Annotated[bool, Field(description="equal weights, whatever sizes the clients claim")] = True
     band: Annotated[Band, Field(description="frequencies that are exchanged")] = "dc"

@@ -41,6 +41,7 @@ class MediSecFed(Strategy):
     label: ClassVar[Label] = "reconstruction"
     personal: ClassVar[bool] = True
     shares_nothing: ClassVar[bool] = True
+    statistics: ClassVar[str] = ""
     individuals: ClassVar[str] = "its server compares what single clients say of each image"
     own_rule: ClassVar[str] = "there are no updates to aggregate"
     not_private: ClassVar[str] = "the images are inverted from a model trained without noise"

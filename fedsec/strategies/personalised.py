@@ -27,6 +27,7 @@ class Local(Strategy):
     label: ClassVar[Label] = "ours"
     personal: ClassVar[bool] = True
     shares_nothing: ClassVar[bool] = True
+    statistics: ClassVar[str] = ""
     server_seat: ClassVar[str] = "local training sends nothing, so there is nothing for a server to see"
 
     def local_selectors(self) -> tuple[str, ...]:

@@ -47,6 +47,7 @@ class PFA(Strategy):
     source: ClassVar[str] = "Chen et al., MICCAI 2021 (PRR-FL)"
     label: ClassVar[Label] = "faithful, fixed"
     personal: ClassVar[bool] = True
+    statistics: ClassVar[str] = ""
     individuals: ClassVar[str] = "it builds another model for each client from single uploads"
     own_rule: ClassVar[str] = "it combines spectra, and gives each client another model"
     not_private: ClassVar[str] = "personal model and deputy teach each other on every batch"

@@ -34,6 +34,7 @@ CLIENTS: dict[str, Mapping[str, Any]] = {
 }
 # Attacks on the trained model are judged against the truth of membership; what they find depends on the training.
 OUTSIDERS: dict[str, Mapping[str, Any]] = {
+    "extras": {"samples": 20},
     "membership": {"methods": "loss", "shadows": 0},
     "modelinversion": {"steps": 5, "starts": 1},
     "attribute": {"strength": 0.02},
@@ -67,6 +68,8 @@ def test_an_outsider_leaves_the_training_alone_and_repeats(name: str, tmp_path: 
     spec = str(PluginSpec(name, OUTSIDERS[name]))
     # 200 people on either side whose attribute is known are the least that is compared.
     tables = {**TINY, "data": {"name": "synthetic-cxr:images=2200"}} if name == "attribute" else TINY
+    if name == "extras":  # something has to be sent beside the parameters
+        tables = {**TINY, "federation": {"engine": "serial", "strategy": "fedslid"}}
     runs = [
         fedsec.run(tables, attack=a, clients=2, rounds=1, local_epochs=1, out=tmp_path / folder)["cells"][0]
         for folder, a in (("once", spec), ("again", spec), ("plain", "none"))

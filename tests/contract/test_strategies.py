@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import fedsec
 from fedsec import plugins
 from fedsec.federation.composition import compose
 from fedsec.federation.engines.processes import Processes
 from fedsec.federation.engines.serial import Serial
 from fedsec.federation.strategy import Strategy, report_fault
+from fedsec.types import Update
 
 from ..strategies import small
 
@@ -89,10 +92,38 @@ def test_serial_and_processes_agree_and_nothing_undeclared_leaves(name: str) -> 
     small.assert_same(first, second)
     sent = {key for view in seen for u in view.updates for key in u.extras}
     assert sent == (ROWS[name].extras if strategy.server_seat == "" else set())
+    assert [r.upload_bytes for r in records] == [
+        round(sum(wire_bytes(u) for u in view.updates) / len(view.updates)) if view.updates else record.upload_bytes
+        for view, record in zip(seen[-2:], records, strict=True)
+    ]
     for view in seen:
         for update in view.updates:
             assert update.delta.numel() == table.sharing.params.size
             assert report_fault(strategy, update) is None
+
+
+def wire_bytes(update: Update) -> int:
+    """The shared tensors, or what is written of them, the buffers, and the declared reports; nothing else."""
+    whole = update.wire.num_bytes if update.wire else 4 * update.delta.numel()
+    buffers = 0 if update.buffers is None else 4 * update.buffers.numel()
+    return whole + buffers + sum(t.numel() * t.element_size() for t in update.extras.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ROWS)
+def test_a_whole_run_from_the_command_line_s_side(name: str, tmp_path: Path) -> None:
+    tables = {
+        "data": {"name": "synthetic-cxr:images=260"},
+        "model": {"name": "cnn", "norm": ROWS[name].norm},
+        "federation": {"engine": "serial", "strategy": word(name)},
+    }
+    attack = None if name in ("local", "gossip") else "extras"
+    settings = {"clients": 2, "rounds": 2, "local_epochs": 1, "attack": attack or "none"}
+    cells = [fedsec.run(tables, out=tmp_path / folder, **settings)["cells"][0] for folder in ("a", "b")]
+    assert cells[0]["utility"] == cells[1]["utility"] and cells[0].get("leakage") == cells[1].get("leakage")
+    assert not cells[0].get("failed_clients")
+    personal = plugins.load("strategies", name).personal
+    assert ("shared" in cells[0]["utility"]) == (personal and name not in ("local", "medisecfed"))
 
 
 @pytest.mark.parametrize("name", ROWS)

@@ -281,6 +281,15 @@ def test_what_needs_single_updates_is_refused_where_they_are_hidden(word: str) -
         check_rule(compose(word), Hiding(), ["secagg"])  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("word", ["pfa", "heterofl", "gossip", "medisecfed"])
+def test_what_combines_by_itself_is_refused_beside_another_rule(word: str) -> None:
+    class Median:
+        sees_individuals = True
+
+    with pytest.raises(ConfigError, match=rf"{word}.*median brings another rule"):
+        check_rule(compose(word), Median(), ["median"])  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("word", ["fedavg", "fedprox", "moon", "silobn", "harmofl", "iopfl", "cusfl", "pfedme", "ekd"])
 def test_what_needs_sums_alone_stands_beside_secure_sums(word: str) -> None:
     check_rule(compose(word), Hiding(), ["secagg"])  # type: ignore[arg-type]
