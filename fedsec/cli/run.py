@@ -43,6 +43,7 @@ PLACES = {
 @click.option("--data-dir", type=click.Path(path_type=Path), help="Where data sets are looked up first.")
 @click.option("--size", type=int, help="Side of the images in pixels, where the set comes in several sizes.")
 @click.option("--model", metavar="NAME", help="Network (default cnn): fedsec list models, or one of torchvision's.")
+@click.option("--skip-bad", is_flag=True, help="Leave bad rows and damaged images out, and count them.")
 @click.option("--clients", type=int, help="Number of hospitals (default: the data set's sites, else 10).")
 @click.option("--rounds", type=int, help="Communication rounds (default 10).")
 @click.option("--local-steps", type=int, help="Optimisation steps a round …")
@@ -78,6 +79,7 @@ def command(
     attack: tuple[str, ...],
     defense: tuple[str, ...],
     data_dir: Path | None,
+    skip_bad: bool,
     seed: int | None,
     seeds: int | None,
     config: Path | None,
@@ -107,6 +109,10 @@ def command(
             if name == "topology" and "," in value:
                 value = value.split(",")
             tables[table] = {**tables.get(table, {}), key: value}
+    if skip_bad and "name" in tables.get("data", {}):
+        from fedsec.data.registry import with_options
+
+        tables["data"] = {**tables["data"], "name": with_options(tables["data"]["name"], on_bad="skip")}
     for name, words in (("attack", attack), ("defense", defense)):
         if words:
             tables[name] = list(words)

@@ -150,7 +150,7 @@ def build(adapter: Adapter, listing: Listing, name: str, size: int, splits: str)
         positive_class=info.positive_class if info.task else (1 if task == "binary" else None),
         meta=meta,
         split=split,
-        split_origin=origin,  # type: ignore[arg-type]
+        split_origin=origin,
         report=report,
         fingerprint=fingerprint(
             READER, name, _pixel_facts(look), listing.digests, contents, labels, split, groups, meta.get("site", "")

@@ -43,7 +43,7 @@ class _Reading:
 
 @dataclass(frozen=True, kw_only=True)
 class CheXpert(Adapter):
-    """CheXpert chest X-rays (Stanford's research agreement), five competition labels, patients, uncertainty policies."""
+    """CheXpert chest X-rays (Stanford's research agreement), five labels, patients, uncertainty policies."""
 
     labels: Annotated[str, Field(description="competition (five), all14, or names joined by +")] = "competition"
     policy: Annotated[

@@ -101,7 +101,7 @@ def shades_of_gray(image: npt.NDArray[np.floating]) -> Floats:
     norm = np.linalg.norm(light)
     if not norm or not light.all():
         return image.astype(np.float32)
-    return np.clip(image / (np.sqrt(3) * light / norm), 0, 1).astype(np.float32)
+    return np.asarray(np.clip(image / (np.sqrt(3) * light / norm), 0, 1), dtype=np.float32)
 
 
 def _plain(image: Image.Image, look: Look) -> Image.Image:

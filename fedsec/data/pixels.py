@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -124,7 +125,7 @@ def _folder() -> Path:
     return other
 
 
-def _facts(file: Path, facts: Path, shape: tuple[int, ...]) -> dict[str, npt.NDArray[np.generic]] | None:
+def _facts(file: Path, facts: Path, shape: tuple[int, ...]) -> dict[str, npt.NDArray[Any]] | None:
     """What was noted when the images were decoded; None where either file is missing or damaged."""
     with suppress(OSError, ValueError, EOFError, KeyError):
         if np.load(file, mmap_mode="r", allow_pickle=False).shape == shape:
@@ -133,9 +134,7 @@ def _facts(file: Path, facts: Path, shape: tuple[int, ...]) -> dict[str, npt.NDA
     return None
 
 
-def _make(
-    file: Path, facts: Path, paths: Sequence[Path], look: Look, workers: int
-) -> dict[str, npt.NDArray[np.generic]]:
+def _make(file: Path, facts: Path, paths: Sequence[Path], look: Look, workers: int) -> dict[str, npt.NDArray[Any]]:
     """Decode into a temporary file and rename it, then note the facts, without which the file does not count."""
     shape = (len(paths), look.size, look.size, look.channels)
     _check_room(file.parent, int(np.prod(shape)))

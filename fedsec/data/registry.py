@@ -80,18 +80,37 @@ def load(
     """
     if splits not in ("official", "derived", "safe"):
         raise ConfigError(f"splits={splits}: choose official, derived or safe")
-    path, given = _as_path(name_or_path)
-    if path is not None:
-        options = {**given, **options}
-        size = checked_size(options.pop("size")) if "size" in options else size
-        name, loader = _of_path(path, options.pop("layout", None))
-    else:
-        spec = plugins.PluginSpec.parse(str(name_or_path))
-        options = {**spec.params, **options}
-        size = checked_size(options.pop("size")) if "size" in options else size
-        name, loader, path = _of_name(spec.name, size, data_dir)
+    name, loader, path, options, size = _resolve(name_or_path, data_dir, size, options)
     dataset = _read(loader, path, name, size, splits, options)
     return dataset if splits == "official" else resplit(dataset, splits)
+
+
+def place_of(name_or_path: str | Path, *, data_dir: Path | str | None = None, size: int | None = None) -> Path | None:
+    """The file or folder that `load` would read; None for a set that is built in."""
+    return _resolve(name_or_path, data_dir, size, {})[2]
+
+
+def _resolve(
+    name_or_path: str | Path, data_dir: Path | str | None, size: int | None, options: dict[str, Any]
+) -> tuple[str, str, Path | None, dict[str, Any], int | None]:
+    """Data set name, loader, path, options and size of what was asked for."""
+    path, given = _as_path(name_or_path)
+    spec = plugins.PluginSpec.parse(str(name_or_path)) if path is None else plugins.PluginSpec("", given)
+    options = {**spec.params, **options}
+    size = checked_size(options.pop("size")) if "size" in options else size
+    if path is not None:
+        name, loader = _of_path(path, options.pop("layout", None))
+    else:
+        name, loader, path = _of_name(spec.name, size, data_dir)
+    return name, loader, path, options, size
+
+
+def with_options(given: str, **options: str) -> str:
+    """A name or path with further options behind it; those that it has already stay."""
+    match = OPTIONS.fullmatch(given)
+    name, words = (match["path"], match["options"]) if match and not Path(given).exists() else (given, "")
+    params = {**options, **plugins.PluginSpec.parse(f"data:{words}").params}
+    return f"{name}:{','.join(f'{key}={value}' for key, value in params.items())}" if params else given
 
 
 def search_path(data_dir: Path | str | None = None) -> list[Path]:
@@ -160,7 +179,7 @@ def _of_path(path: Path, layout: str | None = None) -> tuple[str, str]:
             "those that are known, and how to bring your own table or folders of classes",
         )
     if TABLE.search(path.name):
-        return CSV, CSV
+        return path.name.partition(".")[0], CSV
     if path.suffix != ".npz":
         raise DataError("D01", f"{path}: neither an npz file nor a folder nor a table (CSV)")
     sized = SIZED.fullmatch(path.stem)

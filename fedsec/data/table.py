@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from sys import intern
-from typing import IO
+from typing import IO, cast
 
 from fedsec.errors import DataError
 
@@ -158,7 +158,7 @@ def read_table(
 
 
 def _opened(path: Path) -> IO[bytes]:
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
+    return cast("IO[bytes]", gzip.open(path, "rb")) if path.suffix == ".gz" else path.open("rb")
 
 
 def _chained(start: str, lines: Iterator[str]) -> Iterator[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -90,7 +90,7 @@ def multiclass_names(labels: Sequence[str]) -> tuple[str, ...]:
 
 def _target(
     policy: Policy, column: int, rows: npt.NDArray[np.int64], ids: Sequence[str], predictions: Labels | None
-) -> npt.ArrayLike:
+) -> Any:
     if policy in SMOOTHED:
         low, high = SMOOTHED[policy]
         return np.array([low + (high - low) * _uniform(f"{ids[i]}/{column}") for i in rows.tolist()])
