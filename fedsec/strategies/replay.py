@@ -37,7 +37,8 @@ class Generator(nn.Module):
         logits = self.decoder(torch.cat([z, label], 1))
         likelihood = F.binary_cross_entropy_with_logits(logits, x.flatten(1), reduction="none").sum(1)
         divergence = 0.5 * (mean.square() + log_var.exp() - 1 - log_var).sum(1)
-        return (likelihood + divergence).mean()
+        bound: Tensor = (likelihood + divergence).mean()
+        return bound
 
     @torch.no_grad()
     def sample(self, y: Tensor, generator: torch.Generator) -> Tensor:

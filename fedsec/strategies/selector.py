@@ -20,6 +20,8 @@ from fedsec.federation.strategy import Label, Strategy
 from .beside import Beside, flat_state, load_flat
 
 THUMBNAIL = 4
+LOG_CENTRE = 2.0
+"""Brings logarithms of typical contrasts near zero, where they and their squares are of one size."""
 BETAS = (0.9, 0.999)
 
 
@@ -53,7 +55,7 @@ class FedSM(Strategy):
         """Everybody starts from the common model; the selector from zero."""
         side = {"clients": torch.tensor(setting.clients)}
         if self.selector:
-            inputs = setting.image_shape[0] * (THUMBNAIL**2 + 2) + 1
+            inputs = setting.image_shape[0] * (THUMBNAIL**2 + 6) + 1
             side["selector"] = torch.zeros(setting.clients, inputs)
         return side
 
@@ -140,9 +142,15 @@ class Selected(nn.Module):
 
 
 def described(x: Tensor) -> Tensor:
-    """(B, C·(16 + 2) + 1): a 4x4 thumbnail, mean and deviation of each channel, and 1; what the selector sees."""
+    """(B, C·(16 + 6) + 1): what the selector sees.
+
+    A 4x4 thumbnail; logarithms of mean, deviation and neighbour differences, which tell a scanner's offset, gain and
+    noise, and their squares, so that a site can lie between two others; and 1.
+    """
     small = F.adaptive_avg_pool2d(x, THUMBNAIL).flatten(1)
-    return torch.cat([small, x.mean((2, 3)), x.std((2, 3)), torch.ones(len(x), 1, device=x.device)], 1)
+    rough = (x[..., 1:] - x[..., :-1]).abs().mean((2, 3))
+    logs = torch.log(torch.cat([x.mean((2, 3)).clamp(min=0), x.std((2, 3)), rough], 1) + 0.01) + LOG_CENTRE
+    return torch.cat([small, logs, logs.square(), torch.ones(len(x), 1, device=x.device)], 1)
 
 
 def soft_pull(models: Mapping[int, Tensor], lam: float) -> dict[int, Tensor]:

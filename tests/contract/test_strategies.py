@@ -42,6 +42,7 @@ ROWS = {
     "iopfl": Row(),
     "pfedme": Row(),
     "harmofl": Row(),
+    "hffed": Row(),
     "pfa": Row(norm="batch"),
     "gossip": Row(),
     "heterofl": Row(frozenset({"capacity", "classes"})),
