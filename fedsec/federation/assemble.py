@@ -19,6 +19,7 @@ from fedsec.config import Cell, FederationConfig
 from fedsec.data.base import Dataset
 from fedsec.data.canaries import Canaries, plant
 from fedsec.data.partition import Partition, partition
+from fedsec.data.stream import client_images
 from fedsec.defense import Aggregator, Defense
 from fedsec.errors import ConfigError
 from fedsec.federation import topology
@@ -396,5 +397,4 @@ def default_clients(cell: Cell, dataset: Dataset) -> int | None:
 
 
 def _tensors(dataset: Dataset, rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
-    x, y = dataset.batch(rows)
-    return x.to(device=device, memory_format=torch.channels_last), y.to(device)
+    return client_images(dataset, rows, device), torch.from_numpy(dataset.labels[rows]).to(device)

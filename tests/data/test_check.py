@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from fedsec import data
+from fedsec.cli import main
 from fedsec.data.base import Dataset
 from fedsec.data.check import check, of_dataset
 from fedsec.data.images import ArrayImages
