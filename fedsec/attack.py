@@ -37,6 +37,8 @@ class Attack:
     """Of the attack as it is listed; parameters may put an instance on another (see `take_seat`)."""
     goal: ClassVar[str]
     """One line for `fedsec list attacks`."""
+    on_request: ClassVar[bool] = False
+    """It costs so much that an audit leaves it out unless it is named."""
 
     def take_seat(self, seat: Seat) -> None:
         """Sit elsewhere than the class says; for `__post_init__`, where a parameter decides it."""

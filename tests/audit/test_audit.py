@@ -202,6 +202,10 @@ def other_architecture(path: Path) -> None:
     [
         ("pickle", 4, "not executed"),
         ("joblib", 4, "was not opened"),
+        ("whole module", 4, "not executed"),
+        ("exported program", 4, "can run code"),
+        ("objects as members", 4, "Python objects"),
+        ("cut off", 2, "bad.safetensors"),
         ("zip bomb", 4, "unpack to"),
         ("other architecture", 2, "another architecture"),
         ("nan", 4, "NaN"),
@@ -220,6 +224,18 @@ def test_what_is_refused_in_one_line(
     elif kind == "joblib":
         path = tmp_path / "bad.joblib"
         path.write_bytes(b"\x80\x04")
+    elif kind == "whole module":
+        torch.save(models.build("lenet", num_classes=2, in_channels=1, image_size=28), path)
+    elif kind == "exported program":
+        path = path.with_suffix(".pt2")
+        path.write_bytes(b"PK\x03\x04")
+    elif kind == "objects as members":
+        path = model
+        others = str(tmp_path / "others.npy")
+        np.save(others, np.array([Bomb(marker)], dtype=object), allow_pickle=True)
+    elif kind == "cut off":
+        path = tmp_path / "bad.safetensors"
+        path.write_bytes(model.read_bytes()[:1000])
     elif kind == "zip bomb":
         zip_bomb(path)
     elif kind in ("nan", "other architecture"):

@@ -37,6 +37,7 @@ OUTSIDERS: dict[str, Mapping[str, Any]] = {
     "membership": {"methods": "loss", "shadows": 0},
     "modelinversion": {"steps": 5, "starts": 1},
     "attribute": {"strength": 0.02},
+    "property": {"trait": "class", "shadows": 20, "low": 0.2, "high": 0.8},
 }
 # What is left of an update under this much noise tells nothing: no attack may claim to have found something in it.
 NOTHING_TO_FIND = "gaussian:sigma=1e4"
@@ -66,7 +67,7 @@ def test_the_table_is_complete() -> None:
 def test_an_outsider_leaves_the_training_alone_and_repeats(name: str, tmp_path: Path) -> None:
     spec = str(PluginSpec(name, OUTSIDERS[name]))
     # 200 people on either side whose attribute is known are the least that is compared.
-    tables = {**TINY, "data": {"name": "synthetic-cxr:images=2200"}} if name == "attribute" else TINY
+    tables = {**TINY, "data": {"name": "synthetic-cxr:images=2200"}} if name in ("attribute", "property") else TINY
     runs = [
         fedsec.run(tables, attack=a, clients=2, rounds=1, local_epochs=1, out=tmp_path / folder)["cells"][0]
         for folder, a in (("once", spec), ("again", spec), ("plain", "none"))
