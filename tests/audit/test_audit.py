@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html.parser
+import itertools
 import json
 import shutil
 import subprocess
@@ -131,6 +132,25 @@ def test_the_page_loads_nothing_and_can_be_read_aloud(report: tuple[dict[str, An
             assert attrs.get("role") == "img" and attrs.get("aria-labelledby")
         if attrs.get("tabindex"):
             assert attrs.get("aria-label")
+        if tag == "th":
+            assert attrs.get("scope")
+    assert tags.count("table") == tags.count("caption") and tags.count("svg") == tags.count("desc") >= 2
+    levels = [int(tag[1]) for tag in tags if tag in ("h1", "h2", "h3")]
+    assert levels[0] == 1 and all(after - before <= 1 for before, after in itertools.pairwise(levels))
+    places = {attrs["id"] for _, attrs in page.tags if "id" in attrs}
+    links = [attrs["href"] or "" for tag, attrs in page.tags if tag == "a"]
+    assert len(links) > 3 and {link.removeprefix("#") for link in links} <= places
+
+
+def test_redacted_pages_hold_no_image(overfitted: Path, report: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
+    """A26: with --redact not a single picture; without it the banner stands before the most exposed members."""
+    plain = (report[1] / "audit.html").read_text()
+    assert "data:image/png" in plain and plain.index("do not share") < plain.index("data:image/png")
+    wanted = Wanted(attacks=("membership:methods=loss",), shadows=0, redact=True, report=tmp_path / "audit.html")
+    found = audit(overfitted, Said(epsilon=1.0, model=NAME), wanted)
+    redacted = (tmp_path / "audit.html").read_text()
+    assert "data:image" not in redacted and "were left out" in redacted
+    assert sum(found["membership"]["exposed"].values()) == 8
 
 
 def chromium(page: Path, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
