@@ -125,6 +125,7 @@ def run_cells(
 def audit(
     model: str | Path,
     *,
+    architecture: str | None = None,
     attacks: Sequence[str] = (),
     shadows: int = 8,
     claim: float | None = None,
@@ -143,11 +144,12 @@ def audit(
 
     Args:
         model: run folder, or model file.
+        architecture: of a bare file, or `package.module:factory`, as `--model` on the command line.
         attacks: as on the command line; by default all that need the released model alone.
         claim: claimed epsilon; a run knows its own. thresholds: `{"auc": 0.6}`, compared as `fail_on` says.
         budget: seconds. report: where to write the page; redact: without images.
-        said: what a bare file does not say: `data`, `members`, `nonmembers`, `population`, `recipe`, `model`, `delta`,
-            `unit`, `ledger`, `history`, `seed`.
+        said: what a bare file does not say: `data`, `members`, `nonmembers`, `population`, `recipe`, `delta`, `unit`,
+            `ledger`, `history`, `seed`.
 
     Returns:
         the report, see docs/audit.md; `exit_code` is 1 where a threshold was exceeded or a claim is contradicted.
@@ -159,7 +161,7 @@ def audit(
     from fedsec.audit.gates import parse
     from fedsec.audit.subjects import Said
 
-    unknown = set(said) - {field.name for field in dataclasses.fields(Said)}
+    unknown = set(said) - ({field.name for field in dataclasses.fields(Said)} - {"model", "epsilon"})
     if unknown:
         raise ConfigError(f"fedsec.audit: unknown word '{min(unknown)}'")
     paths = {key: Path(said[key]) for key in ("recipe", "ledger", "history") if said.get(key) is not None}
@@ -175,7 +177,7 @@ def audit(
     places = [None if place is None else Path(place) for place in (data_dir, cache)]
     return audits.audit(
         model,
-        Said(**{**said, **paths, "epsilon": claim}),
+        Said(**{**said, **paths, "epsilon": claim, "model": architecture}),
         wanted,
         cell=cell,
         data_dir=places[0],

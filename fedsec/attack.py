@@ -39,6 +39,8 @@ class Attack:
     """One line for `fedsec list attacks`."""
     reads_parameters: ClassVar[bool] = True
     """It needs the model's parameters or updates of them; False: what is sent beside them is enough."""
+    on_request: ClassVar[bool] = False
+    """It costs so much that an audit leaves it out unless it is named."""
 
     def take_seat(self, seat: Seat) -> None:
         """Sit elsewhere than the class says; for `__post_init__`, where a parameter decides it."""

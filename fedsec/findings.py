@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -36,6 +36,8 @@ class Candidates:
     """Attribute such as sex -> its value (a text, empty where unknown) for each image of the population."""
     train_shadows: Callable[[int], Shadows] | None = None
     """Trains an even number of shadows, or finds them in the cache; None: nobody knows how the target was trained."""
+    train_on: Callable[[Sequence[np.ndarray]], tuple[Callable[[], nn.Module], ...]] | None = None
+    """Trains one model, as the target was, on each of these sets of the population (positions); None: as above."""
     history: tuple[ServerView, ...] = ()
     """Curious server: what reached it in each round, where the attack asked for it."""
 
@@ -54,6 +56,7 @@ class Findings:
     sources: tuple[SourceGuesses, ...] = ()
     prototypes: tuple[Prototype, ...] = ()
     traits: tuple[TraitGuess, ...] = ()
+    properties: tuple[PropertyGuess, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,22 @@ class MembershipScores:
     shadows: int = 0
     view: Literal["logits", "labels", "updates", "sum"] = "logits"
     """What it looked at: the released model's outputs, its decisions only, single updates, or their sum."""
+
+
+@dataclass(frozen=True)
+class PropertyGuess:
+    """Is the share of a group in the training set small or large?"""
+
+    trait: str
+    value: str
+    shares: tuple[float, float]
+    """Small and large."""
+    shadows: int
+    """Models that were trained to find out."""
+    right: int
+    """How many of them a classifier that was not fitted on them told right."""
+    large: bool
+    """What it says of the target."""
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,11 @@ from fedsec.audit.attributes import compare_traits
 from fedsec.audit.cohort import Cohort
 from fedsec.audit.inversion import compare_prototypes
 from fedsec.audit.membership import by_stratum, leaks, measured, most_exposed, sentence
+from fedsec.audit.properties import compare_properties
 from fedsec.audit.source import compare_sources
 from fedsec.data.base import Dataset
 from fedsec.federation.assemble import Federation
-from fedsec.federation.shadows import parity, train_shadows
+from fedsec.federation.shadows import parity, train_models, train_shadows
 from fedsec.findings import CandidatePlan, Candidates, Findings, MembershipScores, PublicData, Target
 from fedsec.machine import usable_cores
 from fedsec.progress import Progress
@@ -58,6 +59,9 @@ class Exam:
             shadows = partial(
                 train_shadows, self.federation, rows, folder=self.cache, progress=self.progress, deadline=self.deadline
             )
+        train_on = None
+        if self.federation is not None:
+            train_on = partial(train_models, self.federation, population, folder=self.cache, progress=self.progress)
         public = PublicData(f"{self.dataset.name}, population", px, py)
         candidates = Candidates(
             images=x,
@@ -66,6 +70,7 @@ class Exam:
             population=public,
             population_traits={k: v[population] for k, v in traits_of(self.dataset).items()},
             train_shadows=shadows,
+            train_on=train_on,
             history=self.history if plan.history else (),
         )
         return Target(
@@ -91,6 +96,10 @@ class Exam:
         if labels.ndim > 1:
             return np.full(len(labels), "")
         return np.asarray(np.array(self.dataset.class_names)[labels.astype(int)])
+
+    def classes_by_number(self) -> np.ndarray[Any, Any]:
+        """Class number of each image of the data set, as a text."""
+        return np.asarray(self.dataset.labels).astype(int).astype(str)
 
     def strata(self) -> dict[str, np.ndarray[Any, Any]]:
         """Groups of patients in which membership is also measured."""
@@ -128,6 +137,8 @@ class Exam:
             result["inversion"] = compare_prototypes(findings.prototypes, self, rng)
         if findings.traits:
             result["attributes"] = compare_traits(findings.traits, self, rng)
+        if findings.properties:
+            result["property"] = compare_properties(findings.properties, self)
         return result
 
 

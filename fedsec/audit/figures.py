@@ -107,7 +107,7 @@ def score_figure(report: Mapping[str, Any]) -> dict[str, Any] | None:
         **axes.frame("scores", "score, as the share of non-members below it", "share of images"),
         "lines": lines,
         "x_ticks": [(f"{t:g}", axes.place(t, 0)[0]) for t in (0, 0.25, 0.5, 0.75, 1)],
-        "y_ticks": [(f"{100 * t:.0f} %", axes.place(0, t)[1]) for t in steps],
+        "y_ticks": [(f"{100 * t:.1f} %", axes.place(0, t)[1]) for t in steps],
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,11 +24,11 @@ from fedsec.types import LocalRecipe, RoundContext
 if TYPE_CHECKING:
     from fedsec.audit.exam import Exam
 
-SPLITS = 1000
 NETWORK, SIDE = "cnn", 32
 RECIPE = LocalRecipe("multiclass", 2, lr=0.02, momentum=0.9, weight_decay=0.0, batch_size=32, epochs=None, steps=300)
 """How the independent model is trained."""
 LIMIT = 0.01
+Array = NDArray[np.float64]
 
 
 def compare_prototypes(prototypes: Sequence[Prototype], exam: Exam, generator: np.random.Generator) -> dict[str, Any]:
@@ -38,7 +38,9 @@ def compare_prototypes(prototypes: Sequence[Prototype], exam: Exam, generator: n
         `classes`, a row each; `log10p`, −log10 of the smallest p after Bonferroni, 0 where the ratio is not below 1.
     """
     judge = independent(exam)
-    rows = [_compare(item, exam, generator, judge) for item in prototypes]
+    sides = {label: _sides(exam, label, generator) for label in sorted({item.label for item in prototypes})}
+    null = fresh_ratios(exam, sides)
+    rows = [_compare(item, exam, sides[item.label], null, judge) for item in prototypes]
     smallest = min((min(1.0, row["p"] * len(rows)) for row in rows if row["ratio"] < 1), default=1.0)
     leak = smallest < LIMIT
     better = [row for row in rows if row["psnr_gain"] > 0]
@@ -54,6 +56,7 @@ def compare_prototypes(prototypes: Sequence[Prototype], exam: Exam, generator: n
         "classes": rows,
         "log10p": float(-np.log10(max(smallest, 1e-12))),
         "leak": leak,
+        "fresh_images": len(null),
         "independent": {"model": judge.name, "accuracy": judge.accuracy},
         "verdict": text,
     }
@@ -95,31 +98,69 @@ def independent(exam: Exam) -> Independent:
     return Independent(f"{NETWORK}, {len(cohort.population):,} public images", network, side, accuracy)
 
 
-def _compare(item: Prototype, exam: Exam, generator: np.random.Generator, judge: Independent) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Sides:
+    """Members and non-members of one class, as many of each."""
+
+    members: Tensor
+    """(n, F) standardised pixels."""
+    others: Tensor
+    images: Tensor
+    """(n, C, H, W) of the members."""
+
+
+def _sides(exam: Exam, label: int, generator: np.random.Generator) -> Sides:
     cohort, dataset = exam.cohort, exam.dataset
-    labels = np.asarray(dataset.labels)
-    own = labels[cohort.rows] == item.label
+    own = np.asarray(dataset.labels)[cohort.rows] == label
     inside, outside = cohort.rows[own & cohort.member], cohort.rows[own & ~cohort.member]
     size = min(len(inside), len(outside))
-    inside, outside = (generator.choice(rows, size, replace=False) for rows in (inside, outside))
-    members, others = (_standard(dataset.batch(rows)[0]) for rows in (inside, outside))
+    drawn = [dataset.batch(generator.choice(rows, size, replace=False))[0] for rows in (inside, outside)]
+    return Sides(_standard(drawn[0]), _standard(drawn[1]), drawn[0])
+
+
+def fresh_ratios(exam: Exam, sides: Mapping[int, Sides]) -> Array:
+    """(Z,) ratio of every public image: what an image shows that has nothing to do with the model."""
+    population = exam.cohort.population
+    labels = np.asarray(exam.dataset.labels)[population]
+    found = [
+        ratios(_standard(exam.dataset.batch(population[labels == label])[0]), side)
+        for label, side in sides.items()
+        if (labels == label).any() and len(side.images)
+    ]
+    return np.concatenate(found) if found else np.zeros(0)
+
+
+def ratios(images: Tensor, side: Sides) -> Array:
+    """(B,) ρ = d(nearest member)/d(nearest other) of standardised images (B, F)."""
+    near = [torch.cdist(images, x).min(1).values.double().numpy() for x in (side.members, side.others)]
+    return np.asarray(near[0] / np.maximum(near[1], 1e-12))
+
+
+def ratio_p(ratio: float, null: Array) -> float:
+    """Share of fresh images whose ratio is as small.
+
+    Re-splitting the union of both sides at random, as one might, has no power at all: whatever the distances, the
+    nearest image is on the members' side in half of all splits, so that a perfect copy gets p = 0.5.
+    """
+    return float((1 + np.sum(null <= ratio)) / (1 + len(null)))
+
+
+def _compare(item: Prototype, exam: Exam, side: Sides, null: Array, judge: Independent) -> dict[str, Any]:
     mean = public_mean(exam, item.label)
-    ratio, p = ratio_test(_standard(item.images[:1]), members, others, generator)
-    mean_ratio, _ = ratio_test(_standard(mean), members, others, generator)
-    truth = dataset.batch(inside)[0]
-    quality = [float(psnr(x.expand_as(truth), truth).mean()) for x in (item.images[:1], mean)]
+    ratio, mean_ratio = (float(ratios(_standard(x), side)[0]) for x in (item.images[:1], mean))
+    quality = [float(psnr(x.expand_as(side.images), side.images).mean()) for x in (item.images[:1], mean)]
     return {
-        "label": dataset.class_names[item.label],
+        "label": exam.dataset.class_names[item.label],
         "method": item.method,
         "ratio": ratio,
-        "p": p,
+        "p": ratio_p(ratio, null),
         "mean_ratio": mean_ratio,
         "psnr": quality[0],
         "mean_psnr": quality[1],
         "psnr_gain": quality[0] - quality[1],
         "confidence": item.confidence[0],
         "independent_confidence": judge.confidence(item.images, item.label),
-        "images": size,
+        "images": len(side.images),
     }
 
 
@@ -128,26 +169,6 @@ def public_mean(exam: Exam, label: int) -> Tensor:
     population = exam.cohort.population
     own = population[np.asarray(exam.dataset.labels)[population] == label]
     return exam.dataset.batch(own if len(own) else population)[0].mean(0, keepdim=True)
-
-
-def ratio_test(image: Tensor, members: Tensor, others: Tensor, generator: np.random.Generator) -> tuple[float, float]:
-    """ρ = d(nearest member)/d(nearest other), and its p from random re-splits of the union.
-
-    Args:
-        image: (1, F). members, others: (n, F) each.
-    """
-    distances = torch.cdist(image, torch.cat([members, others]))[0].numpy()
-    n = len(members)
-    ratio = float(distances[:n].min() / max(distances[n:].min(), 1e-12))
-    # Only the order of distances matters: the nearest of each side after a random split.
-    order = np.argsort(distances)
-    found = []
-    for _ in range(SPLITS):
-        side = generator.permutation(2 * n) < n
-        ranked = side[order]
-        first_in, first_out = distances[order[ranked.argmax()]], distances[order[(~ranked).argmax()]]
-        found.append(first_in / max(first_out, 1e-12))
-    return ratio, float((1 + np.sum(np.array(found) <= ratio)) / (1 + SPLITS))
 
 
 def _standard(x: Tensor) -> Tensor:

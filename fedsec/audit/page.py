@@ -51,7 +51,8 @@ def number(value: Any) -> str:
         if value.get("value") is None:
             return "–"
         low, high = value.get("low"), value.get("high")
-        return f"{value['value']:.4f}" + (f" [{low:.4f}, {high:.4f}]" if low is not None and high is not None else "")
+        interval = f" [{low:.4f}, {high:.4f}]" if low is not None and high is not None else ""
+        return f"{value['value']:.4f}{interval}"
     return "–" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
 
 

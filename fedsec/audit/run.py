@@ -34,6 +34,7 @@ from fedsec.progress import Progress
 from fedsec.types import to_json
 
 SCHEMA = "fedsec.audit/1"
+PARTS = ("membership", "source", "inversion", "attributes", "property")
 LIMITS = (
     "Lower bounds only: no leak found is not no leak",
     "One model, one training, these images: another training changes the numbers",
@@ -136,13 +137,16 @@ def build_attacks(wanted: Wanted) -> list[Attack]:
         ConfigError: an unknown one, or one that asks for no candidates.
     """
     words = wanted.attacks or tuple(
-        name for name in plugins.names("attacks") if plugins.load("attacks", name).seat == "outsider"
+        name
+        for name in plugins.names("attacks")
+        if (known := plugins.load("attacks", name)).seat == "outsider" and not known.on_request
     )
     built = []
     for word in words:
         spec = PluginSpec.parse(word)
-        known = plugins.parameter_fields(plugins.load("attacks", spec.name))
-        if "shadows" in known and "shadows" not in spec.params:
+        attack_class = plugins.load("attacks", spec.name)
+        fields = plugins.parameter_fields(attack_class)
+        if "shadows" in fields and "shadows" not in spec.params and not attack_class.on_request:
             spec = PluginSpec(spec.name, {**spec.params, "shadows": wanted.shadows})
         attack: Attack = plugins.build("attacks", spec)
         if attack.candidates() is None:
@@ -240,7 +244,7 @@ def model_works(exam: Exam) -> dict[str, Any]:
 
 def sentences(result: Mapping[str, Any], subject: Subject) -> list[str]:
     """The plain words that lead the report."""
-    parts = [result[p]["verdict"] for p in ("membership", "source", "inversion", "attributes") if p in result]
+    parts = [result[p]["verdict"] for p in PARTS if p in result]
     if subject.dp:
         parts.insert(0, subject.dp["sentence"])
     elif subject.claim:

@@ -21,7 +21,7 @@ from fedsec.config import Cell, FederationConfig, ModelConfig, expand, read_reso
 from fedsec.data.base import Dataset
 from fedsec.data.digest import PARTS
 from fedsec.data.partition import partition
-from fedsec.errors import ConfigError, RefusedError
+from fedsec.errors import ConfigError, RefusedError, UnsafeFileError
 from fedsec.experiment import Stage, dp_audit, training_key_of
 from fedsec.federation import history
 from fedsec.federation.assemble import Federation, assemble, federate, resolve
@@ -228,12 +228,25 @@ def chosen(dataset: Dataset, word: str) -> NDArray[np.int64]:
 
 def _mask(path: Path, size: int) -> NDArray[np.bool_]:
     try:
+        if is_object_array(path):
+            raise UnsafeFileError(f"{path}: this array holds Python objects, which can run code when read; not opened")
         mask = np.load(path, allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
         raise ConfigError(f"{path}: not a plain array ({error}); save it with numpy.save") from None
     if mask.dtype != np.bool_ or mask.shape != (size,):
         raise ConfigError(f"{path}: a mask must be bool of length {size:,}, this is {mask.dtype} {mask.shape}")
     return np.asarray(mask)
+
+
+def is_object_array(path: Path) -> bool:
+    """The header alone says whether a `.npy` file holds pickled objects."""
+    with path.open("rb") as file:
+        if file.read(6) != b"\x93NUMPY":
+            return False
+        file.seek(0)
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        return bool(read(file)[2].hasobject)
 
 
 def _listed(dataset: Dataset, path: Path) -> NDArray[np.int64]:

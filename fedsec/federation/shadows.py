@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedsec import checkpoint
 from fedsec.config import content_hash
@@ -116,24 +116,66 @@ def train_shadows(
         def job(number: int) -> ShadowJob:
             return shadow_job(federation, rows[contains[number]], RoundContext(seed, number, 1).entropy("shadow"))
 
-        pooled = federation.cell.federation.engine == "processes"
-        workers = min(usable_cores(), len(missing)) if pooled else 1
-        start = time.monotonic()
-        for block in [missing] if deadline is None else _pairs(missing):
-            for number, weights in _run(job, block, workers):
-                checkpoint.save(paths[number], dict(zip(("params", "buffers"), weights, strict=True)), {})
-                progress.advance(sum(path.is_file() for path in paths))
-            trained = missing.index(block[-1]) + 1
-            next_pair = (time.monotonic() - start) / trained * 2
-            if deadline is not None and time.monotonic() + next_pair > deadline:
-                break
+        _fill(job, paths, missing, federation, progress, deadline)
     complete = [n for n in range(0, count, 2) if paths[n].is_file() and paths[n + 1].is_file()]
     kept = [n for first in complete for n in (first, first + 1)]
     contains = contains[kept]
     loaded = [checkpoint.load(paths[n])[0] for n in kept]
     device = federation.device
-    weights_of = [(t["params"].to(device), t["buffers"].to(device)) for t in loaded]
-    return Shadows(contains, tuple(partial(federation.build_model, pair) for pair in weights_of))
+    trained = [(t["params"].to(device), t["buffers"].to(device)) for t in loaded]
+    return Shadows(contains, tuple(partial(federation.build_model, pair) for pair in trained))
+
+
+def train_models(
+    federation: Federation,
+    rows: NDArray[np.int64],
+    sets: Sequence[NDArray[np.int64]],
+    folder: Path,
+    progress: Progress | None = None,
+) -> tuple[Callable[[], nn.Module], ...]:
+    """Train one model on each set of images, by the recipe of a federation, or find them.
+
+    Args:
+        rows: data set rows. sets: positions in `rows`.
+    """
+    progress = progress or Progress()
+    seed = RoundContext(federation.cell.seed, 0, 0).entropy("models")
+    chosen = [rows[positions] for positions in sets]
+    place = folder / f"models-{recipe_hash(federation, np.concatenate(chosen))}"
+    paths = [place / f"{number:03d}-{fingerprint(own)[:8]}.safetensors" for number, own in enumerate(chosen)]
+    missing = [n for n, path in enumerate(paths) if not path.is_file()]
+    if missing:
+        progress.stage("training models to compare with", len(paths))
+
+        def job(number: int) -> ShadowJob:
+            return shadow_job(federation, chosen[number], RoundContext(seed, number, 1).entropy("shadow"))
+
+        _fill(job, paths, missing, federation, progress)
+    loaded = [checkpoint.load(path)[0] for path in paths]
+    device = federation.device
+    return tuple(partial(federation.build_model, (t["params"].to(device), t["buffers"].to(device))) for t in loaded)
+
+
+def _fill(
+    job: Callable[[int], ShadowJob],
+    paths: Sequence[Path],
+    missing: Sequence[int],
+    federation: Federation,
+    progress: Progress,
+    deadline: float | None = None,
+) -> None:
+    """Train what is missing and keep each as soon as it is there; with a deadline in pairs, as long as they fit."""
+    pooled = federation.cell.federation.engine == "processes"
+    workers = min(usable_cores(), len(missing)) if pooled else 1
+    start, trained = time.monotonic(), 0
+    for block in [missing] if deadline is None else _pairs(missing):
+        for number, weights in _run(job, block, workers):
+            checkpoint.save(paths[number], dict(zip(("params", "buffers"), weights, strict=True)), {})
+            progress.advance(sum(path.is_file() for path in paths))
+        trained += len(block)
+        next_pair = (time.monotonic() - start) / trained * 2
+        if deadline is not None and time.monotonic() + next_pair > deadline:
+            return
 
 
 def _pairs(numbers: Sequence[int]) -> list[list[int]]:

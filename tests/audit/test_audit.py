@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html.parser
+import itertools
 import json
 import shutil
 import subprocess
@@ -131,6 +132,25 @@ def test_the_page_loads_nothing_and_can_be_read_aloud(report: tuple[dict[str, An
             assert attrs.get("role") == "img" and attrs.get("aria-labelledby")
         if attrs.get("tabindex"):
             assert attrs.get("aria-label")
+        if tag == "th":
+            assert attrs.get("scope")
+    assert tags.count("table") == tags.count("caption") and tags.count("svg") == tags.count("desc") >= 2
+    levels = [int(tag[1]) for tag in tags if tag in ("h1", "h2", "h3")]
+    assert levels[0] == 1 and all(after - before <= 1 for before, after in itertools.pairwise(levels))
+    places = {attrs["id"] for _, attrs in page.tags if "id" in attrs}
+    links = [attrs["href"] or "" for tag, attrs in page.tags if tag == "a"]
+    assert len(links) > 3 and {link.removeprefix("#") for link in links} <= places
+
+
+def test_redacted_pages_hold_no_image(overfitted: Path, report: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
+    """A26: with --redact not a single picture; without it the banner stands before the most exposed members."""
+    plain = (report[1] / "audit.html").read_text()
+    assert "data:image/png" in plain and plain.index("do not share") < plain.index("data:image/png")
+    wanted = Wanted(attacks=("membership:methods=loss",), shadows=0, redact=True, report=tmp_path / "audit.html")
+    found = audit(overfitted, Said(epsilon=1.0, model=NAME), wanted)
+    redacted = (tmp_path / "audit.html").read_text()
+    assert "data:image" not in redacted and "were left out" in redacted
+    assert sum(found["membership"]["exposed"].values()) == 8
 
 
 def chromium(page: Path, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
@@ -202,6 +222,10 @@ def other_architecture(path: Path) -> None:
     [
         ("pickle", 4, "not executed"),
         ("joblib", 4, "was not opened"),
+        ("whole module", 4, "not executed"),
+        ("exported program", 4, "can run code"),
+        ("objects as members", 4, "Python objects"),
+        ("cut off", 2, "bad.safetensors"),
         ("zip bomb", 4, "unpack to"),
         ("other architecture", 2, "another architecture"),
         ("nan", 4, "NaN"),
@@ -220,6 +244,18 @@ def test_what_is_refused_in_one_line(
     elif kind == "joblib":
         path = tmp_path / "bad.joblib"
         path.write_bytes(b"\x80\x04")
+    elif kind == "whole module":
+        torch.save(models.build("lenet", num_classes=2, in_channels=1, image_size=28), path)
+    elif kind == "exported program":
+        path = path.with_suffix(".pt2")
+        path.write_bytes(b"PK\x03\x04")
+    elif kind == "objects as members":
+        path = model
+        others = str(tmp_path / "others.npy")
+        np.save(others, np.array([Bomb(marker)], dtype=object), allow_pickle=True)
+    elif kind == "cut off":
+        path = tmp_path / "bad.safetensors"
+        path.write_bytes(model.read_bytes()[:1000])
     elif kind == "zip bomb":
         zip_bomb(path)
     elif kind in ("nan", "other architecture"):

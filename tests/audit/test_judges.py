@@ -14,7 +14,7 @@ import torch
 from fedsec import data as data_sets
 from fedsec.audit.attributes import compare_traits
 from fedsec.audit.cohort import Cohort
-from fedsec.audit.inversion import ratio_test
+from fedsec.audit.inversion import Sides, ratio_p, ratios
 from fedsec.audit.membership import by_stratum, measured, most_exposed, spread
 from fedsec.audit.source import compare_sources
 from fedsec.config import expand
@@ -71,14 +71,16 @@ def test_an_attribute_is_leaked_only_where_members_differ(leak: bool) -> None:
 
 
 def test_ratio_finds_a_copied_image_and_nothing_in_fresh_ones() -> None:
-    draw = np.random.default_rng(0)
+    """With a null of re-splits instead of fresh images the copy has p = 0.5."""
     generator = torch.Generator().manual_seed(0)
-    members, others = torch.randn(2, 150, 60, generator=generator)
+    members, others, public = torch.randn(3, 300, 60, generator=generator)
+    side = Sides(members, others, members)
+    null = ratios(public, side)
     copied = members[:1] + 0.1 * torch.randn(1, 60, generator=generator)
-    ratio, p = ratio_test(copied, members, others, draw)
-    assert ratio < 0.5 and p < 0.01
-    fresh = [ratio_test(x[None], members, others, draw)[1] for x in torch.randn(40, 60, generator=generator)]
-    assert np.mean(np.array(fresh) < 0.05) <= 6 / 40  # 99 % point of Bin(40, 0.05)
+    (ratio,) = ratios(copied, side)
+    assert ratio < 0.5 and ratio_p(ratio, null) < 0.01
+    fresh = [ratio_p(v, null) for v in ratios(torch.randn(400, 60, generator=generator), side)]
+    assert np.mean(np.array(fresh) < 0.05) <= 34 / 400  # 99.9 % point of Bin(400, 0.05)
 
 
 def test_groups_are_measured_on_their_own_and_small_ones_are_left_out() -> None:

@@ -38,6 +38,7 @@ OUTSIDERS: dict[str, Mapping[str, Any]] = {
     "membership": {"methods": "loss", "shadows": 0},
     "modelinversion": {"steps": 5, "starts": 1},
     "attribute": {"strength": 0.02},
+    "property": {"trait": "class", "shadows": 20, "low": 0.2, "high": 0.8},
 }
 # What is left of an update under this much noise tells nothing: no attack may claim to have found something in it.
 NOTHING_TO_FIND = "gaussian:sigma=1e4"
@@ -67,7 +68,8 @@ def test_the_table_is_complete() -> None:
 def test_an_outsider_leaves_the_training_alone_and_repeats(name: str, tmp_path: Path) -> None:
     spec = str(PluginSpec(name, OUTSIDERS[name]))
     # 200 people on either side whose attribute is known are the least that is compared.
-    tables = {**TINY, "data": {"name": "synthetic-cxr:images=2200"}} if name == "attribute" else TINY
+    people = name in ("attribute", "property")
+    tables = {**TINY, "data": {"name": "synthetic-cxr:images=2200"}} if people else TINY
     if name == "extras":  # something has to be sent beside the parameters
         tables = {**TINY, "federation": {"engine": "serial", "strategy": "fedslid"}}
     runs = [
