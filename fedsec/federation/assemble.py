@@ -25,7 +25,7 @@ from fedsec.federation.aggregate import WeightedMean
 from fedsec.federation.engines.base import ClientData, Engine
 from fedsec.federation.engines.processes import Processes
 from fedsec.federation.engines.serial import Serial
-from fedsec.federation.facts import Facts
+from fedsec.federation.facts import Facts, planned
 from fedsec.federation.participation import Participation
 from fedsec.federation.round import Seats, ServerState, load
 from fedsec.federation.strategy import Strategy
@@ -253,7 +253,8 @@ def federate(cell: Cell, dataset: Dataset, dealt: Partition) -> Federation:
     if dataset.image_shape[1] != dataset.image_shape[2]:
         height, width = dataset.image_shape[1:]
         raise ConfigError(f"{dataset.name}: images are {height}x{width}; give --set data.size=N for square ones")
-    seats, plan, notes = take_seats(cell, Facts.of(dataset, dealt), root_data(dataset, cell.seed, device))
+    facts = (planned.get() or {}).get(cell.key()) or Facts.of(dataset, dealt)
+    seats, plan, notes = take_seats(cell, facts, root_data(dataset, cell.seed, device))
     parts = {part: dealt.deal(dataset, part) for part in ("val", "test")}
     return Federation(
         cell=cell,
