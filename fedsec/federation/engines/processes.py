@@ -136,12 +136,12 @@ def _shared(parts: Sequence[Tensor]) -> Tensor:
     """All parts one after the other in shared memory; they become views of it, so that nothing is there twice."""
     rows = sum(len(part) for part in parts)
     like = torch.channels_last if parts[0].ndim == 4 else torch.contiguous_format
-    whole = (
+    whole: Tensor = (
         torch.empty((rows, *parts[0].shape[1:]), dtype=parts[0].dtype).contiguous(memory_format=like).share_memory_()
     )
     for part, view in zip(parts, whole.split([len(part) for part in parts]), strict=True):
         view.copy_(part)
-        part.set_(view)  # type: ignore[call-overload]
+        part.set_(view)
     return whole
 
 
