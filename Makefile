@@ -38,7 +38,7 @@ test-all: lint docs
 
 $(FLOWER)/.installed: $(STAMP)
 	@test -x $(FLOWER)/bin/python || $(PYTHON) -m venv $(FLOWER)
-	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	$(BIN)/python -c 'import sys; print(*[p for p in sys.path if p.endswith("site-packages")], sep="\n")' \
 	  > "$$($(FLOWER)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/borrowed.pth"
 	$(FLOWER)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[flower]'
 	@touch $@

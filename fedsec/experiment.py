@@ -30,7 +30,7 @@ from fedsec.federation.victims import Victim, observe, rounds_of, victims_of
 from fedsec.files import replacing
 from fedsec.findings import Findings, PublicData, Target
 from fedsec.leakage import Judge, model_state, public_prior, stamped
-from fedsec.machine import prepare_for_small_networks, usable_cores
+from fedsec.machine import full_precision, prepare_for_small_networks, usable_cores
 from fedsec.metrics.image import pixel_hash
 from fedsec.metrics.robustness import robustness, without_effect
 from fedsec.metrics.signals import logits_of, signals
@@ -204,6 +204,8 @@ def open_stage(
     """
     if torch.device(cell.federation.device).type == "cpu":
         prepare_for_small_networks()
+    else:
+        full_precision()
     attack = build_stack(cell)[1]
     plan = attack.victims() if attack else None
     rounds = {*(rounds_of(plan, cell.federation.rounds) if plan else ()), *keep}

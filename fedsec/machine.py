@@ -19,6 +19,14 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def full_precision() -> None:
+    """Float32 on a GPU and nothing shorter: torch rounds convolutions to 10 bits (TF32) unless it is told not to."""
+    import torch
+
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def prepare_for_small_networks() -> None:
     """One thread, and no memory given back between steps. For worker processes, and the CPU runs of this one.
 

@@ -25,6 +25,7 @@ def _flower(
     superlink: str,
     data_dir: Path | None,
     deal: bool,
+    sizes: str | None,
     debug: bool,
     **words: Any,
 ) -> None:
@@ -48,7 +49,11 @@ def _flower(
     )
     from fedsec.deployment.export import export_flower
 
-    app = export_flower(tables, folder, nodes=nodes, superlink=superlink, data_dir=data_dir, deal=deal)
+    try:
+        own = None if sizes is None else [int(word) for word in sizes.split(",")]
+    except ValueError:
+        raise click.UsageError(f"--sizes {sizes}: write numbers such as 312,410,288") from None
+    app = export_flower(tables, folder, nodes=nodes, superlink=superlink, data_dir=data_dir, deal=deal, sizes=own)
     click.echo(f"{folder}: {len(app.cells)} cells for {app.clients} clients on {nodes} nodes")
     click.echo(f"next: read {folder / 'README.md'}")
 
@@ -71,7 +76,12 @@ command.add_command(
             click.Option(
                 ["--deal/--no-deal"],
                 default=True,
-                help="Write each node's images into its folder (--no-deal: the hospitals put their own there).",
+                help="Write each node's images into its folder (--no-deal: they are brought there in another way).",
+            ),
+            click.Option(
+                ["--sizes"],
+                metavar="N,N,…",
+                help="The hospitals bring images of their own, so many each, that the server never has.",
             ),
             click.Option(["--debug"], is_flag=True, help="Show the traceback of a failure."),
             *(p for p in run_command.params if p.name not in NOT_HERE),

@@ -21,6 +21,7 @@ from fedsec.config import Cell
 from fedsec.errors import ConfigError, FedsecError, RefusedError, RunError
 from fedsec.federation.engines.flower import PATIENCE, Flower, answer, deployed, unwrap, wrap
 from fedsec.federation.engines.messages import pack_replies, unpack_turns
+from fedsec.federation.facts import Facts, planned
 from fedsec.machine import prepare_for_small_networks
 
 
@@ -44,12 +45,14 @@ def server_app() -> ServerApp:
                 print(f"fedsec: starting without clients {missing}", file=sys.stderr)
             return flower
 
-        token = deployed.set(engine)
+        facts = {key: Facts.from_json(own) for key, own in json.loads(settings["fedsec-facts"]).items()}
+        token, plan = deployed.set(engine), planned.set(facts)
         try:
             cells = json.loads(settings["fedsec-cells"])
             run({"cells": cells}, out=settings["fedsec-out"], data_dir=settings["fedsec-data"] or None)
         finally:
             deployed.reset(token)
+            planned.reset(plan)
 
     app.main()(main)
     return app
@@ -126,7 +129,6 @@ def sit_down(
     """
     from fedsec.federation.assemble import take_seats
     from fedsec.federation.clients import read_client
-    from fedsec.federation.facts import Facts
 
     known = Facts.from_json(facts)
     seats, _, _ = take_seats(cell, known)

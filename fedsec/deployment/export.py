@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import shutil
 import string
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import tomli_w
 from fedsec.config import Cell, expand
 from fedsec.deployment import certificates
 from fedsec.errors import ConfigError
-from fedsec.federation.assemble import Federation, assemble, resolve
+from fedsec.federation.assemble import Federation, assemble, resolve, take_seats
 from fedsec.federation.clients import write_client
 from fedsec.federation.facts import Facts
 from fedsec.federation.strategy import Strategy
@@ -49,6 +49,7 @@ def export_flower(
     superlink: str = "127.0.0.1",
     data_dir: Path | None = None,
     deal: bool = True,
+    sizes: Sequence[int] | None = None,
 ) -> App:
     """Write the app.
 
@@ -56,6 +57,7 @@ def export_flower(
         tables: the configuration, as `fedsec.run` takes it. folder: must not exist, or be empty.
         nodes: machines that hold clients. superlink: host or host:port of the server.
         data_dir: where data sets are looked up first. deal: write each node's images into its folder.
+        sizes: how many images each client will put there itself: its own, which the server never had.
 
     Raises:
         ConfigError: the folder is in use, or a cell cannot be distributed; nothing is written then.
@@ -68,14 +70,24 @@ def export_flower(
         _check(federation, federations[0])
     first = federations[0]
     clients = len(first.clients)
+    if sizes is not None:
+        _check_sizes(sizes, clients, cells)
+        deal = False
     if nodes > clients:
         raise ConfigError(f"--nodes {nodes}: there are {clients} clients")
     parts = np.array_split(np.arange(clients), nodes)
     owners = {f"node-{i}": tuple(int(k) for k in part) for i, part in enumerate(parts, start=1)}
     app = App(folder, tuple(cells), clients, owners)
     host, _, port = superlink.partition(":")
-    facts = {c.key(): Facts.of(f.dataset, f.rows).to_json() for c, f in zip(cells, federations, strict=True)}
-    _write_app(app, facts, host, port or str(PORT), data_dir, deal)
+    facts = {c.key(): Facts.of(f.dataset, f.rows) for c, f in zip(cells, federations, strict=True)}
+    if sizes is not None:
+        facts = {
+            key: replace(own, client_sizes=tuple(sizes), client_patients=None, patient_ids=None)
+            for key, own in facts.items()
+        }
+        for cell in cells:  # a defense that cannot be calibrated on these sizes is refused now
+            take_seats(cell, facts[cell.key()])
+    _write_app(app, {key: own.to_json() for key, own in facts.items()}, host, port or str(PORT), data_dir, deal)
     for name, own in owners.items():
         (folder / "nodes" / name).mkdir(parents=True)
         for client in own if deal else ():
@@ -87,6 +99,13 @@ def _distributed(cell: Cell) -> Cell:
     settings = replace(cell.federation, engine="processes", device="cpu")
     resolved = resolve(replace(cell, federation=settings))  # whoever writes the app need not have Flower
     return replace(resolved, federation=replace(resolved.federation, engine="flower"))
+
+
+def _check_sizes(sizes: Sequence[int], clients: int, cells: Sequence[Cell]) -> None:
+    if len(sizes) != clients or min(sizes, default=0) < 1:
+        raise ConfigError(f"--sizes: {len(sizes)} numbers for {clients} clients; give one, of at least 1, for each")
+    if any(cell.attack is not None for cell in cells):
+        raise ConfigError("--sizes: an attack is judged by images that the server knows; export the cells without it")
 
 
 def _check(federation: Federation, first: Federation) -> None:

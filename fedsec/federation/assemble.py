@@ -29,7 +29,7 @@ from fedsec.federation.desk import ServerState, Setting
 from fedsec.federation.engines.base import ClientData, Engine
 from fedsec.federation.engines.processes import Processes
 from fedsec.federation.engines.serial import Serial
-from fedsec.federation.facts import Facts
+from fedsec.federation.facts import Facts, planned
 from fedsec.federation.participation import Participation
 from fedsec.federation.planted import with_planted
 from fedsec.federation.seats import Seats
@@ -278,7 +278,8 @@ def federate(cell: Cell, dataset: Dataset, dealt: Partition) -> Federation:
         height, width = dataset.image_shape[1:]
         raise ConfigError(f"{dataset.name}: images are {height}x{width}; give --set data.size=N for square ones")
     owned, owners = topology.owners(cell, dealt)
-    seats, plan, notes = take_seats(cell, Facts.of(dataset, owned), root_data(dataset, cell.seed, device))
+    facts = (planned.get() or {}).get(cell.key()) or Facts.of(dataset, owned)
+    seats, plan, notes = take_seats(cell, facts, root_data(dataset, cell.seed, device))
     parts = {part: dealt.deal(dataset, part) for part in ("val", "test")}
     return Federation(
         cell=cell,

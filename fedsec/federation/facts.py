@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -66,6 +67,10 @@ class Facts:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"not the facts of a federation: {type(error).__name__}: {error}") from None
+
+
+planned: ContextVar[Mapping[str, Facts] | None] = ContextVar("planned", default=None)
+"""Cell key -> the facts that a deployed federation agreed on, where the server does not hold the hospitals' images."""
 
 
 def patient_ids(patients: np.ndarray | None, clients: Sequence[np.ndarray]) -> Patients | None:

@@ -177,7 +177,7 @@ def train(
             present = federation.participation.select(len(federation.clients), ctx)
             present, limits = budget.admit(present, ctx)
             if watch is None and streams(federation.seats, len(present), ctx):
-                sizes = {k: len(federation.clients[k][0]) for k in present}
+                sizes = {k: federation.plan.client_sizes[k] for k in present}
                 record = run_streamed(federation.seats, state, sizes, ctx, engine.stream, limits)
             else:
                 record = run_round(federation.seats, state, present, ctx, engine.train, limits, watch)

@@ -133,6 +133,26 @@ def _cell() -> Cell:
     return resolve(expand({**TABLES, "attack": [], "defense": [], "federation": {"clients": 2, "engine": "serial"}})[0])
 
 
+def test_hospitals_bring_images_that_the_server_never_had(tmp_path: Path) -> None:
+    asked = {**TABLES, "attack": [], "defense": ["dp:epsilon=8"], "baseline": False}
+    app = export_flower(asked, tmp_path / "app", nodes=2, sizes=[30, 20, 15, 40, 12])
+    assert not list(app.folder.rglob("*.safetensors"))
+    [cell] = app.cells
+    facts = Facts.from_json(json.loads(settings(app.folder)["fedsec-facts"])[cell.key()])
+    assert facts.client_sizes == (30, 20, 15, 40, 12) and facts.patient_ids is None
+    assert take_seats(cell, facts)[1].client_sizes == facts.client_sizes
+
+
+@pytest.mark.parametrize(
+    ("sizes", "attack", "message"),
+    [([30], [], "--sizes"), ([9] * 5, ["poisoning"], "judged"), ([0] * 5, [], "--sizes")],
+)
+def test_sizes_that_cannot_be(sizes: list[int], attack: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        export_flower({**TABLES, "attack": attack}, tmp_path / "app", nodes=2, sizes=sizes)
+    assert not (tmp_path / "app").exists()
+
+
 def test_a_folder_in_use_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("keep")
     with pytest.raises(ConfigError, match="not empty"):

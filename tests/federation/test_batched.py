@@ -84,6 +84,18 @@ def test_a_malicious_client_is_not_stacked_and_the_rest_is() -> None:
     assert float((found[0] - found[1]).abs().max()) <= 1e-5
 
 
+def test_nothing_shorter_than_float32_on_a_gpu() -> None:
+    from fedsec.machine import full_precision
+
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    try:
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+        full_precision()
+        assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
 def test_a_failing_upload_costs_its_client() -> None:
     defense = plugins.build("defenses", PluginSpec("topk", {}))
 

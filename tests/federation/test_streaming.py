@@ -145,3 +145,15 @@ def test_only_where_nothing_has_to_see_two_updates() -> None:
         replace(seats, defenses=(Looks(),)),
     ):
         assert not streams(changed, 3, CTX, above=0)
+
+
+def test_many_clients_take_few_file_descriptors_and_no_second_copy() -> None:
+    seats = toy.seats()
+    data = toy.clients((3,) * 600)
+    before = [x.clone() for x, _ in data]
+    with Processes(seats, data, workers=1) as running:
+        assert len({x.untyped_storage().data_ptr() for x, _ in data}) == 1
+        assert all(torch.equal(a, x) for a, (x, _) in zip(before, data, strict=True))
+        state = toy.state(seats)
+        turns = [Turn(k, state.params, state.buffers, CTX.for_client(k)) for k in (0, 599)]
+        assert [r.failure for r in running.stream(turns)] == [None, None]

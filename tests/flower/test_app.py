@@ -7,6 +7,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("flwr", reason="flwr is not installed: pip install 'fedsec[flower]'")
@@ -92,6 +93,30 @@ def test_a_missing_node_costs_its_clients_and_nothing_else(app: App) -> None:
     missing = {str(k) for k in app.nodes["node-2"]}
     assert all(set(failed) == missing for failed in cell["failed_clients"].values())
     assert all(why.startswith("absent") for failed in cell["failed_clients"].values() for why in failed.values())
+
+
+def test_hospitals_train_on_images_that_the_server_never_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = [12, 9, 20, 7]
+    asked = {**TABLES, "attack": [], "defense": ["dp:epsilon=20"]}
+    app = export_flower(asked, tmp_path / "app", nodes=2, sizes=sizes)
+    rng = np.random.default_rng(0)
+    for name, clients in app.nodes.items():
+        node_key(app.folder / "keys", name)
+        for client in clients:
+            images = rng.integers(0, 256, (sizes[client], *_side(app)), dtype=np.uint8)
+            path = app.folder / "nodes" / name / f"client-{client}.npz"
+            np.savez(path, images=images, labels=rng.integers(0, 2, sizes[client]))
+    monkeypatch.chdir(app.folder)
+    cell = serve(app, nodes(app))
+    assert not cell.get("failed_clients") and cell["privacy"]["epsilon"] == pytest.approx(20, rel=0.01)
+    ledger = next((app.folder / "run" / "artifacts").rglob("ledgers/*.jsonl")).read_text()
+    events = [json.loads(line) for line in ledger.splitlines()]
+    assert {(e["client"], e["num_units"]) for e in events if e["type"] == "dp_sgd"} == set(enumerate(sizes))
+
+
+def _side(app: App) -> tuple[int, int]:
+    facts = json.loads(config(app)["fedsec-facts"])[app.cells[0].key()]
+    return facts["image_shape"][1], facts["image_shape"][2]
 
 
 def test_a_node_without_a_key_on_the_server_is_refused(app: App) -> None:

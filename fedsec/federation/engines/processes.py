@@ -44,7 +44,9 @@ class Processes(Engine):
         self, seats: Seats, data: ClientData, workers: int | None = None, timeout: float | None = None
     ) -> None:
         self.seats = seats
-        self.data = tuple((x.share_memory_(), y.share_memory_()) for x, y in data)
+        self.data = data
+        # One piece of shared memory for all images, whoever's they are: each piece takes a file descriptor.
+        self.columns = _shared([x for x, _ in data]), _shared([y for _, y in data])
         self.timeout = timeout
         self.context = mp.get_context("forkserver")
         self.context.set_forkserver_preload(["fedsec.federation.engines.processes", COMPILER])
@@ -56,7 +58,8 @@ class Processes(Engine):
 
     def _start(self, row: int) -> _Worker:
         ours, theirs = self.context.Pipe()
-        arguments = (theirs, self.seats, self.data, self.broadcast, self.deltas[row])
+        sizes = [len(x) for x, _ in self.data]
+        arguments = (theirs, self.seats, self.columns, sizes, self.broadcast, self.deltas[row])
         process = self.context.Process(target=_serve, args=arguments, daemon=True)
         try:
             process.start()
@@ -130,6 +133,19 @@ class Processes(Engine):
         self.pool = []
 
 
+def _shared(parts: Sequence[Tensor]) -> Tensor:
+    """All parts one after the other in shared memory; they become views of it, so that nothing is there twice."""
+    rows = sum(len(part) for part in parts)
+    like = torch.channels_last if parts[0].ndim == 4 else torch.contiguous_format
+    whole: Tensor = (
+        torch.empty((rows, *parts[0].shape[1:]), dtype=parts[0].dtype).contiguous(memory_format=like).share_memory_()
+    )
+    for part, view in zip(parts, whole.split([len(part) for part in parts]), strict=True):
+        view.copy_(part)
+        part.set_(view)
+    return whole
+
+
 class _Worker:
     """The parent's end of one worker process."""
 
@@ -200,9 +216,17 @@ def _swap(content: Update | Payload | None, delta: Tensor) -> Update | Payload |
     return dataclasses.replace(content, content=_swap(content.content, delta))
 
 
-def _serve(pipe: Connection, seats: Seats, data: ClientData, broadcast: Tensor, delta: Tensor) -> None:
+def _serve(
+    pipe: Connection,
+    seats: Seats,
+    columns: tuple[Tensor, Tensor],
+    sizes: list[int],
+    broadcast: Tensor,
+    delta: Tensor,
+) -> None:
     """A worker's life: one turn after the other until told to stop or the parent is gone."""
     prepare_for_small_networks()
+    data = tuple(zip(*(column.split(sizes) for column in columns), strict=True))
     # Tensors arrive in shared memory: without a copy, all workers would train the same parameters at once.
     seats = dataclasses.replace(seats, model=copy.deepcopy(seats.model))
     try:
