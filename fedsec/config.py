@@ -81,7 +81,9 @@ class FederationConfig:
         Field(description="by exchange of updates, one owner of all images, or every client for itself"),
     ] = "federated"
     strategy: Annotated[str, Field(description="what is shared and how it is combined, as name:key=value")] = "fedavg"
-    participation: Annotated[str, Field(description="full, a fraction, intermittent:p=0.8, or leave, join, flaky")] = "full"
+    participation: Annotated[str, Field(description="full, a fraction, intermittent:p=0.8, or leave, join, flaky")] = (
+        "full"
+    )
     shadow_rules: Annotated[
         str | None, Field(description="rules to evaluate on the same updates without applying them, as krum+dos")
     ] = None

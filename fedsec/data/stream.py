@@ -30,14 +30,14 @@ class StreamedImages(torch.Tensor):
     source: ImageSource
     rows: Rows
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
     def __new__(cls, source: ImageSource, rows: Rows, device: torch.device) -> StreamedImages:
         """A tensor with a shape and a device, and no storage."""
         height, width, channels = source.shape
         shape = (len(rows), channels, height, width)
-        made = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.float32, device=device)  # type: ignore[attr-defined]
+        made = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.float32, device=device)
         made.source, made.rows = source, rows
         return made  # type: ignore[no-any-return]
 
@@ -63,7 +63,7 @@ class StreamedImages(torch.Tensor):
         return StreamedImages, (self.source, self.rows, self.device)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Handle what concerns whole images; read everything for the rest."""

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fedsec.config import Cell, FederationConfig
 from fedsec.errors import ConfigError, RefusedError, RunError
-from fedsec.federation.assemble import build_stack, choose_aggregator, with_shadows
+from fedsec.federation.assemble import build_stack
+from fedsec.federation.rules import choose_aggregator, with_shadows
 from fedsec.plugins import PluginSpec
 from fedsec.types import FederationPlan, Layout, Payload, RoundContext, Update
 from tests.federation import toy
