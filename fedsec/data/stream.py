@@ -30,7 +30,7 @@ class StreamedImages(torch.Tensor):
     source: ImageSource
     rows: Rows
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, source: ImageSource, rows: Rows, device: torch.device) -> StreamedImages:
@@ -39,7 +39,7 @@ class StreamedImages(torch.Tensor):
         shape = (len(rows), channels, height, width)
         made = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.float32, device=device)
         made.source, made.rows = source, rows
-        return made  # type: ignore[no-any-return]
+        return made
 
     def read(self, positions: Rows | None = None) -> torch.Tensor:
         """The images at these positions, or all, as a plain tensor."""
