@@ -12,7 +12,8 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "audit", "run", "sweep"]
 
 if TYPE_CHECKING:
-    from fedsec.api import audit, run
+    from fedsec.api import run
+    from fedsec.audit.call import audit
     from fedsec.grid.run import sweep
 
 

@@ -130,7 +130,7 @@ def verdict(
     could = f"could have proved up to {ceiling:.1f}"
     if claim is None:
         return "no claim", f"No epsilon is claimed. This audit proves at least {proved:.2f} and {could}"
-    said = f"The training claims ε = {claim:g} per {unit} (δ = {delta:g})"
+    said = f"The training claims ε = {claim:.4g} per {unit} (δ = {delta:g})"
     if proved > claim:
         return "contradicted", f"claimed epsilon refuted: {said}, and this audit proves at least {proved:.2f}"
     if ceiling < claim:

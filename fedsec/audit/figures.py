@@ -12,7 +12,7 @@ import numpy as np
 from fedsec.metrics.membership import claimed_tpr
 from fedsec.metrics.statistics import clopper_pearson
 
-WIDTH, HEIGHT, LEFT, BOTTOM, MARGIN = 620.0, 420.0, 62.0, 48.0, 14.0
+WIDTH, HEIGHT, LEFT, BOTTOM, MARGIN = 620.0, 420.0, 70.0, 48.0, 14.0
 COLOURS = tuple(f"--c{i}" for i in range(6))
 DASHES = ("", "7 3", "2 3", "9 3 2 3", "5 5", "12 4")
 Points = Sequence[Sequence[float]]

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from fedsec.audit.cohort import Cohort
 from fedsec.findings import MembershipScores
-from fedsec.metrics.membership import Interval, advantage, auc, roc, smallest_visible, tpr_at
+from fedsec.metrics.membership import FEW, Interval, advantage, auc, roc, smallest_visible, tpr_at
 
 Array = NDArray[np.float64]
 KEYS = {1e-2: "tpr_at_1pct_fpr", 1e-3: "tpr_at_01pct_fpr"}
@@ -67,6 +67,8 @@ def measured(
     n1, n0 = int(cohort.member.sum()), int((~cohort.member).sum())
     if min(n1, n0) > 0:
         result["power"] = smallest_visible(n1, n0)
+        if n0 * max(KEYS) < FEW:
+            del result["power"]["tpr"]  # a TPR that is not printed could not have been noticed either
     if cohort.blind is not None and cohort.blind_scores is not None:
         scores = cohort.blind_scores
         result["blind"] = {"auc": cohort.blind, "roc": log_curve(scores[cohort.member], scores[~cohort.member])}
@@ -156,6 +158,7 @@ def sentence(result: dict[str, Any], valid: bool) -> str:
     head, power = result["headline"], result["power"]
     area, tpr = head["auc"], head["tpr_at_1pct_fpr"]
     lines = []
+    visible = f" or TPR {100 * power['tpr']:.1f} % at 1 % FPR" if "tpr" in power else ""
     resolved = isinstance(tpr, Interval)
     if resolved and tpr.low > 0.01:
         lines.append(
@@ -176,6 +179,6 @@ def sentence(result: dict[str, Any], valid: bool) -> str:
     else:
         lines.append(
             "No evidence of membership leakage was found; an effect smaller than "
-            f"AUC {power['auc']:.3f} or TPR {100 * power['tpr']:.1f} % at 1 % FPR would have been missed"
+            f"AUC {power['auc']:.3f}{visible} would have been missed"
         )
     return ". ".join(lines)

@@ -249,7 +249,7 @@ def sentences(result: Mapping[str, Any], subject: Subject) -> list[str]:
         parts.insert(0, subject.dp["sentence"])
     elif subject.claim:
         parts.append(
-            f"The training claims ε = {subject.claim['epsilon']:g} per {subject.claim['unit']}; without canaries "
+            f"The training claims ε = {subject.claim['epsilon']:.4g} per {subject.claim['unit']}; without canaries "
             "in the training (fedsec run --canaries) this cannot be tested"
         )
     return parts

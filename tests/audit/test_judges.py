@@ -15,7 +15,7 @@ from fedsec import data as data_sets
 from fedsec.audit.attributes import compare_traits
 from fedsec.audit.cohort import Cohort
 from fedsec.audit.inversion import Sides, ratio_p, ratios
-from fedsec.audit.membership import by_stratum, measured, most_exposed, spread
+from fedsec.audit.membership import by_stratum, measured, most_exposed, sentence, spread
 from fedsec.audit.source import compare_sources
 from fedsec.config import expand
 from fedsec.federation.assemble import Federation, assemble, resolve
@@ -112,11 +112,22 @@ def test_the_most_exposed_are_members_with_an_answer() -> None:
     assert places.tolist() == [599, 598, 597]
 
 
+def test_no_power_is_promised_for_what_is_not_printed() -> None:
+    """A23: 200 non-members resolve no TPR at 1 % FPR, so that the report may not say which it would have noticed."""
+    member = np.arange(800) < 600
+    few = Cohort(np.arange(800), member, np.where(member, 0, -1), np.arange(0))
+    draw = np.random.default_rng(0)
+    found = measured([MembershipScores("loss", draw.normal(size=800))], few, np.arange(800).astype(str), draw)
+    assert "not_resolvable" in found["headline"]["tpr_at_1pct_fpr"] and found["power"].keys() == {"auc"}
+    assert "TPR" not in sentence(found, True)
+
+
 def test_permuted_membership_is_at_chance() -> None:
     """A6: the judge brings no leak of its own."""
     subject = cohort()
     draw = np.random.default_rng(3)
     found = measured([MembershipScores("loss", draw.normal(size=N))], subject, np.arange(N).astype(str), draw)
+    assert {"auc", "tpr"} == found["power"].keys()
     assert 0.46 < found["attacks"]["loss"]["auc"].value < 0.54
 
 
