@@ -17,7 +17,7 @@ from scipy.stats import t
 
 from fedsec.config import Cell
 
-COLUMNS = ("AUC", "worst", "spread", "balanced", "bytes", "source lift", "membership AUROC", "read")
+COLUMNS = ("AUC", "worst", "spread", "balanced", "bytes", "source lift", "membership AUC", "read")
 
 
 def interval(values: Sequence[float]) -> str:
@@ -39,6 +39,12 @@ def value(table: Mapping[str, Any], *path: str) -> Any:
     return found.get("value") if isinstance(found, Mapping) else found
 
 
+def best_auc(leak: Mapping[str, Any]) -> float:
+    """The largest membership AUC of the readings, NaN where there is none."""
+    attacks = leak.get("membership", {}).get("attacks", {})
+    return max((value(a, "auc") for a in attacks.values()), default=float("nan"))
+
+
 def row_of(cells: Sequence[Mapping[str, Any]]) -> list[str]:
     """One line of the table."""
     utility = [c["utility"] for c in cells]
@@ -52,7 +58,7 @@ def row_of(cells: Sequence[Mapping[str, Any]]) -> list[str]:
         interval([value(u, "balanced_accuracy") for u in utility]),
         f"{np.mean([c['cost']['upload_bytes_per_client'] for c in cells]):,.0f}",
         interval([value(leak, "source", "lift") for leak in leaks]),
-        interval([value(leak, "membership", "auroc") for leak in leaks]),
+        interval([best_auc(leak) for leak in leaks]),
         "+".join(kinds) or ("nothing" if notes else "–"),
     ]
 
