@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_map
 
-from fedsec.data.images import ImageSource, Rows, SelectedImages, to_tensor
+from fedsec.data.images import ImageSource, Rows, SelectedImages
 from fedsec.data.pixels import MappedImages
 
 if TYPE_CHECKING:
@@ -37,15 +37,16 @@ class StreamedImages(torch.Tensor):
         """A tensor with a shape and a device, and no storage."""
         height, width, channels = source.shape
         shape = (len(rows), channels, height, width)
-        made = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.float32, device=device)  # type: ignore[attr-defined]
+        made = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.float32, device=device)
         made.source, made.rows = source, rows
-        return made  # type: ignore[no-any-return]
+        return made
 
     def read(self, positions: Rows | None = None) -> torch.Tensor:
         """The images at these positions, or all, as a plain tensor."""
         chosen = self.rows if positions is None else self.rows[positions]
-        x = to_tensor(self.source.read(chosen))
-        return x.to(device=self.device, memory_format=torch.channels_last)
+        # Stored as (H, W, C), pixels are channels last already: seen so, nothing is transposed, and a GPU gets bytes.
+        pixels = torch.from_numpy(self.source.read(chosen)).to(self.device).permute(0, 3, 1, 2)
+        return pixels.to(torch.float32).div_(255)
 
     def only(self, positions: Rows | slice) -> StreamedImages:
         """Some of the images, unread."""
@@ -63,7 +64,7 @@ class StreamedImages(torch.Tensor):
         return StreamedImages, (self.source, self.rows, self.device)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Handle what concerns whole images; read everything for the rest."""
