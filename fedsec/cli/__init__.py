@@ -77,10 +77,10 @@ def cli() -> None:
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line and exit with the documented code."""
-    sys.exit(run(args))
+    sys.exit(exit_code(args))
 
 
-def run(args: list[str] | None = None) -> int:
+def exit_code(args: list[str] | None = None) -> int:
     """Run the command line; returns the exit code. Errors are one line on standard error."""
     words = sys.argv[1:] if args is None else args
     try:
@@ -108,3 +108,7 @@ def run(args: list[str] | None = None) -> int:
         text = str(error).splitlines()[0] if str(error) else ""
         click.echo(f"error: {type(error).__name__}: {text}; --debug shows the traceback", err=True)
         return 3
+
+
+run = exit_code
+"""The name that callers know; `main` does not use it, since loading the command `fedsec.cli.run` replaces it."""

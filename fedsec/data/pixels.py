@@ -19,18 +19,22 @@ import numpy.typing as npt
 from numpy.lib.format import open_memmap
 
 from fedsec.data.cache import cache_dir, write_npz
-from fedsec.data.decode import UNREADABLE, ImageFault, Look, decode
+from fedsec.data.decode import UNREADABLE, ImageFault, Look, decode, jpeg_decoder
 from fedsec.data.digest import Digests, fingerprint
 from fedsec.data.images import Pixels, Rows
 from fedsec.errors import DataError
 from fedsec.machine import usable_cores
 from fedsec.progress import watcher
 
-VERSION = "pixels-1"
+VERSION = "pixels-2"
 HELD = 128 << 20
 """Bytes of the map that may stay in memory; more are given back, and read from the disk when they are needed."""
 CHUNK = 64
 """Images that one thread decodes before it says so."""
+
+
+Row = tuple[int, str, bool, str]
+"""Fast key of the pixels, hash of the file, whether of one colour, and what is wrong, of one image."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +43,7 @@ class MappedImages:
 
     path: Path
     digests: Digests
-    """(N,) as `image_digests` gives them, from when the images were decoded."""
+    """(N,) noted when the images were decoded: equal where and only where the pixels are."""
     flat: npt.NDArray[np.bool_]
     """(N,) images of one colour."""
     _map: np.memmap = field(init=False, repr=False)
@@ -59,7 +63,7 @@ class MappedImages:
 
     def read(self, indices: Rows) -> Pixels:
         """The images at these positions: (B, H, W, C) uint8."""
-        found = np.array(self._map[indices])
+        found: Pixels = np.asarray(self._map)[indices]
         self._read[0] += found.nbytes
         if self._read[0] > HELD:
             self._read[0] = 0
@@ -145,7 +149,7 @@ def _make(file: Path, facts: Path, paths: Sequence[Path], look: Look, workers: i
         start = _empty_npy(temporary, shape)
         found = _fill(temporary, start, paths, look, workers)
         columns = {
-            "digests": np.array([row[0] for row in found], dtype="S32"),
+            "digests": _digests(temporary, [row[0] for row in found]),
             "contents": np.array([row[1] for row in found], dtype="S32"),
             "flat": np.array([row[2] for row in found], dtype=bool),
             "problems": np.array([row[3] for row in found], dtype=np.str_),
@@ -157,29 +161,32 @@ def _make(file: Path, facts: Path, paths: Sequence[Path], look: Look, workers: i
     return columns
 
 
-def _fill(file: Path, start: int, paths: Sequence[Path], look: Look, workers: int) -> list[tuple[str, str, bool, str]]:
-    """Write every image at its place; digest, content hash, flatness and problem of each."""
+def _fill(file: Path, start: int, paths: Sequence[Path], look: Look, workers: int) -> list[Row]:
+    """Write every image at its place; key, content hash, flatness and problem of each."""
     stride = look.size * look.size * look.channels
     black = np.zeros((look.size, look.size, look.channels), dtype=np.uint8)
+    words = _weights(stride)
+    jpeg_decoder()  # imported here, not by every thread at once
     handle = os.open(file, os.O_RDWR)
 
-    def some(first: int) -> list[tuple[str, str, bool, str]]:
+    def some(first: int) -> list[Row]:
         rows = []
         for i, path in enumerate(paths[first : first + CHUNK], start=first):
             content, pixels, problem = _one(path, look)
             pixels = black if pixels is None else np.ascontiguousarray(pixels)
-            digest = hashlib.blake2b(pixels.data, digest_size=16).hexdigest()
-            rows.append((digest, content, bool((pixels == pixels[:1, :1]).all()), problem))
+            flat = pixels.reshape(-1)
+            key = int(np.dot((np.resize(flat, words.nbytes) if stride % 8 else flat).view(np.uint64), words))
+            rows.append((key, content, _flat(pixels), problem))
             os.pwrite(handle, pixels.data, start + i * stride)
         return rows
 
     progress = watcher()
     progress.stage("decoding images", len(paths))
-    found: list[tuple[str, str, bool, str]] = []
+    found: list[Row] = []
     try:
         with ThreadPoolExecutor(max(1, workers)) as pool:
             # A bounded queue: an interrupt waits for the blocks in work, not for all of them.
-            waiting: list[Future[list[tuple[str, str, bool, str]]]] = []
+            waiting: list[Future[list[Row]]] = []
             for first in range(0, len(paths), CHUNK):
                 waiting.append(pool.submit(some, first))
                 if len(waiting) > 2 * workers:
@@ -191,6 +198,33 @@ def _fill(file: Path, start: int, paths: Sequence[Path], look: Look, workers: in
     finally:
         os.close(handle)
     return found
+
+
+def _weights(size: int) -> npt.NDArray[np.uint64]:
+    """Random odd weights, one for eight bytes, of a hash that is ten times as fast as a cryptographic one."""
+    rng = np.random.default_rng(0)
+    return rng.integers(0, 2**63, -(-size // 8), dtype=np.uint64) * np.uint64(2) + np.uint64(1)
+
+
+def _digests(file: Path, keys: Sequence[int]) -> Digests:
+    """Hashes of all images: the fast key where it is unique, else a cryptographic hash of the pixels.
+
+    Two images have one digest if and only if their pixels are equal.
+    """
+    found, counts = np.unique(np.array(keys, dtype=np.uint64), return_counts=True)
+    repeated = set(found[counts > 1].tolist())
+    pixels = np.load(file, mmap_mode="r", allow_pickle=False)
+    texts = []
+    for i, key in enumerate(keys):
+        exact = hashlib.blake2b(np.ascontiguousarray(pixels[i]).data, digest_size=16) if key in repeated else None
+        texts.append(exact.hexdigest() if exact else f"{key:032x}")
+    return np.array(texts, dtype="S32")
+
+
+def _flat(pixels: Pixels) -> bool:
+    """One colour; nearly every image is known not to be after its first row."""
+    first = pixels[0, 0]
+    return bool((pixels[0] == first).all()) and bool((pixels == first).all())
 
 
 def _one(path: Path, look: Look) -> tuple[str, Pixels | None, str]:

@@ -39,11 +39,24 @@ def test_lazy_and_in_memory_are_equal(tmp_path: Path) -> None:
     memory = ArrayImages(np.stack([decode(path.read_bytes(), Look(16, 3)) for path in paths]))
     rows = np.array([3, 3, 0, 9])
     assert np.array_equal(done.images.read(rows), memory.read(rows))
-    assert np.array_equal(image_digests(done.images), image_digests(memory))
     chosen = SelectedImages(done.images, rows)
-    assert np.array_equal(image_digests(chosen), image_digests(memory)[rows])
+    assert np.array_equal(image_digests(chosen), image_digests(done.images)[rows])
     again = pickle.loads(pickle.dumps(done.images))
     assert np.array_equal(again.read(rows), memory.read(rows))
+
+
+@pytest.mark.parametrize("weights", [None, 0])
+def test_digests_are_equal_where_and_only_where_pixels_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: int | None
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    if weights is not None:  # the worst fast key: the same for all; equal pixels are still told from others
+        monkeypatch.setattr(pixels, "_weights", lambda size: np.zeros(-(-size // 8), dtype=np.uint64))
+    paths = [picture(tmp_path / f"{i}.png", i % 7, mode="RGB") for i in range(12)]
+    done = decode_all(paths, Look(17, 3), tmp_path)
+    digests = image_digests(done.images)
+    same = digests[:, None] == digests[None, :]
+    assert np.array_equal(same, np.arange(12)[:, None] % 7 == np.arange(12)[None, :] % 7)
 
 
 def test_a_second_call_decodes_nothing_until_a_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,6 +177,30 @@ def test_alpha_lies_on_black_and_palettes_go_through_rgb(tmp_path: Path) -> None
     assert decode(content(Image.new("1", (20, 20), 1), tmp_path), Look(20, 1)).min() == 255
     palette = Image.new("RGB", (20, 20), (10, 200, 30)).convert("P", palette=Image.Palette.ADAPTIVE)
     np.testing.assert_allclose(decode(content(palette, tmp_path), Look(20, 3))[0, 0], [10, 200, 30], atol=2)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("look", [Look(16, 1), Look(24, 3), Look(20, 3, "crop"), Look(40, 1, "pad")])
+def test_both_jpeg_decoders_agree(tmp_path: Path, mode: str, look: Look, monkeypatch: pytest.MonkeyPatch) -> None:
+    y, x = np.mgrid[:50, :70]
+    image = Image.fromarray(np.stack([3 * x, 5 * y, x + y], axis=2).astype(np.uint8)).convert(mode)
+    found = content(image, tmp_path, "x.jpg", quality=90)
+    fast = decode(found, look)
+    monkeypatch.setattr("fedsec.data.decode._jpeg", lambda *_: None)
+    np.testing.assert_allclose(fast.astype(int), decode(found, look), atol=2)
+
+
+def test_jpegs_that_only_pillow_reads_right(tmp_path: Path) -> None:
+    white_left = Image.new("RGB", (40, 20))
+    white_left.paste((255, 255, 255), (0, 0, 20, 20))
+    exif = white_left.getexif()
+    exif[0x0112] = 6  # shown turned clockwise by a quarter: left becomes top
+    upright = decode(content(white_left, tmp_path, "x.jpg", exif=exif), Look(16, 3)).astype(int)
+    assert upright[:4].mean() > 245 and upright[-4:].mean() < 10
+    assert decode(content(Image.new("CMYK", (20, 20)), tmp_path, "x.jpg"), Look(16, 3)).shape == (16, 16, 3)
+    cut = content(white_left, tmp_path, "x.jpg")[:-200]
+    with pytest.raises(OSError, match=r"(?i)truncated"):
+        decode(cut, Look(16, 3))
 
 
 def test_fits(tmp_path: Path) -> None:
