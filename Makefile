@@ -18,7 +18,7 @@ install: $(STAMP)
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "fedsec needs Python >= 3.11; set PYTHON=python3.x"; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,docs,track]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,docs,track,dicom]'
 	@touch $@
 
 demo: install
