@@ -82,7 +82,6 @@ def command(
     attack: tuple[str, ...],
     defense: tuple[str, ...],
     data_dir: Path | None,
-    skip_bad: bool,
     seed: int | None,
     seeds: int | None,
     config: Path | None,

@@ -91,7 +91,7 @@ def test_in_a_grid_the_baselines_stand_plain() -> None:
         ("local", "none", "median", {}, "median protects what is sent"),
         ("central", "gradinversion", "none", {}, "gradinversion needs the server's seat"),
         ("central", "poisoning:fraction=0.3", "none", {}, "poisoning needs the client's seat"),
-        ("local", "membership", "none", {}, "none is released"),
+        ("local", "membership", "none", {}, "no model is released"),
         ("central", "none", "none", {"strategy": "fedsgd"}, "there is no --strategy fedsgd"),
         ("local", "none", "none", {"participation": "0.5"}, "participation says who is heard"),
     ],
