@@ -32,7 +32,7 @@ NETWORKS: list[tuple[str, int, dict[str, Any]]] = [
     ("learn_film", 16, {"width": 4, "blocks": 2, "views": 10}),
 ]
 LARGE = {"resnet18", "resnet50", "densenet121", "hemf"}
-TORCHVISION = [("shufflenet_v2_x0_5", 32), ("resnet34", 32), ("vgg11_bn", 32), ("regnet_y_400mf", 32)]
+TORCHVISION = [("shufflenet_v2_x0_5", 32), ("resnet34", 32), ("mobilenet_v3_small", 32), ("regnet_y_400mf", 32)]
 
 
 def test_the_table_is_complete() -> None:
