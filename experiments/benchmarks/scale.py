@@ -84,8 +84,10 @@ class Memory(threading.Thread):
         self.done = threading.Event()
 
     def run(self) -> None:
-        while not self.done.wait(0.05):
+        over = False
+        while not over:  # once at least, however short the rounds are
             self.peak = max(self.peak, sum(map(pss, family(os.getpid()))))
+            over = self.done.wait(0.05)
 
 
 def family(pid: int) -> list[int]:
