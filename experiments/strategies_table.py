@@ -1,6 +1,7 @@
 """The table of a sweep over strategies: utility, fairness, bytes, and what the attack `extras` read, over the seeds.
 
 python experiments/strategies_table.py runs/strategies_cxr
+python experiments/strategies_table.py runs/strategies_attacks --attacks    # a column an attack, instead
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 from scipy.stats import t
 
 from fedsec.config import Cell
+from fedsec.tradeoff import MEASURES, Result, estimate, over_seeds, pooled
 
 COLUMNS = ("AUC", "worst", "spread", "balanced", "bytes", "source lift", "membership AUC", "read")
 
@@ -81,10 +83,77 @@ def table(cells: Iterable[Mapping[str, Any]], dealt: Mapping[str, str]) -> str:
     return "\n".join(lines)
 
 
+def shown(found: Mapping[str, Any] | None, digits: int) -> str:
+    """A value with its interval."""
+    if found is None:
+        return "–"
+    limits = "" if found["low"] is None else f" [{found['low']:.{digits}f}, {found['high']:.{digits}f}]"
+    return f"{found['value']:.{digits}f}{limits}"
+
+
+def readings(cells: Sequence[Result], *path: str) -> list[str]:
+    """Names of what was compared there, in every seed's cell."""
+    tables: list[Any] = []
+    for cell in cells:
+        found: Any = cell
+        for key in path:
+            found = found.get(key, {})
+        tables.append(found)
+    return sorted(set.intersection(*(set(t) for t in tables))) if tables else []
+
+
+def strongest(cells: Sequence[Result], path: tuple[str, ...], measure: str, digits: int) -> str:
+    """Of several readings the one with the largest mean over the seeds, with its name."""
+    found = {name: over_seeds(cells, ".".join((*path, name, measure))) for name in readings(cells, *path)}
+    known = {name: e for name, e in found.items() if e is not None}
+    if not known:
+        return "–"
+    best = max(known, key=lambda name: float(known[name]["value"]))
+    return f"{shown(known[best], digits)} {best}"
+
+
+def leaks(cells: Iterable[Result]) -> str:
+    """Markdown, a line for each strategy, a column for each attack.
+
+    PSNR is the median over the images of all seeds, drawing seeds first and then images; everything else the mean of
+    the seeds, with the lowest lower and the highest upper limit of their intervals.
+    """
+    groups: dict[str, dict[str, list[Result]]] = defaultdict(lambda: defaultdict(list))
+    for cell in cells:
+        groups[str(cell["strategy"])][(cell.get("attack") or {"name": "none"})["name"]].append(cell)
+    psnr = MEASURES[0]
+    lines = [
+        "| strategy | images rebuilt: PSNR, dB | members told: AUC | source of an image, by what was sent | "
+        "members told by what was sent: AUC | test AUC |",
+        "|" + "---|" * 6,
+    ]
+    for name, group in groups.items():
+        rebuilt, members, extras = (group.get(a, []) for a in ("gradinversion", "membership", "extras"))
+        cells_of = [
+            shown(pooled(rebuilt, psnr), 1) if rebuilt else "–",
+            strongest(members, ("leakage", "membership", "attacks"), "auc", 3),
+            strongest(extras, ("leakage", "source", "methods"), "accuracy", 3),
+            strongest(extras, ("leakage", "membership", "attacks"), "auc", 3),
+            shown(over_seeds(rebuilt or extras or members, "utility.auc"), 3),
+        ]
+        lines.append("| " + " | ".join([f"`{name}`", *cells_of]) + " |")
+    baselines = [
+        e for g in groups.values() for c in g.get("gradinversion", []) if (e := estimate(c, "leakage.prior_psnr"))
+    ]
+    if baselines:
+        lines.append(f"\nThe public mean image: {np.median([e['value'] for e in baselines]):.1f} dB.")
+    return "\n".join(lines)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
-    folder = parser.parse_args().run
+    parser.add_argument("--attacks", action="store_true", help="a column for each attack")
+    options = parser.parse_args()
+    folder = options.run
+    if options.attacks:
+        print(leaks(json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()))
+        return
     asked = [Cell.from_json(c) for c in json.loads((folder / "resolved.json").read_text())["cells"]]
     dealt = {cell.key(): cell.data.partition for cell in asked}
     print(table([json.loads(path.read_text()) for path in sorted((folder / "cells").glob("*.json"))], dealt))

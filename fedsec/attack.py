@@ -39,6 +39,8 @@ class Attack:
     """One line for `fedsec list attacks`."""
     reads_parameters: ClassVar[bool] = True
     """It needs the model's parameters or updates of them; False: what is sent beside them is enough."""
+    needs_sgd: ClassVar[bool] = False
+    """It rebuilds what a gradient says; an adaptive optimiser's step is none, so that it would look harmless."""
     on_request: ClassVar[bool] = False
     """It costs so much that an audit leaves it out unless it is named."""
 

@@ -21,6 +21,11 @@ from pydantic import Field
 from fedsec.errors import ConfigError
 from fedsec.plugins import PluginSpec, construct, nearest, parse_stack
 
+Optimizer = Literal["sgd", "adamw"]
+"""What clients descend with, fresh in every round."""
+LEARNING_RATES: Mapping[Optimizer, float] = {"sgd": 0.02, "adamw": 0.001}
+"""Where none is given: what trains the built-in networks."""
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -73,9 +78,12 @@ class FederationConfig:
     local_epochs: Annotated[int | None, Field(ge=1, description="passes over a client's images per round")] = None
     local_steps: Annotated[int | None, Field(ge=1, description="optimisation steps per round, instead")] = None
     batch_size: Annotated[int, Field(ge=1, description="images per optimisation step")] = 32
-    lr: Annotated[float, Field(gt=0, description="learning rate of the clients' SGD")] = 0.02
+    optimizer: Annotated[Optimizer, Field(description="what clients descend with: sgd or adamw")] = "sgd"
+    lr: Annotated[
+        float | None, Field(gt=0, description="learning rate of the clients; 0.02 with sgd, 0.001 with adamw")
+    ] = None
     momentum: Annotated[float, Field(ge=0, lt=1, description="momentum of the clients' SGD")] = 0.9
-    weight_decay: Annotated[float, Field(ge=0, description="weight decay of the clients' SGD")] = 0.0
+    weight_decay: Annotated[float, Field(ge=0, description="weight decay of the clients")] = 0.0
     topology: Annotated[
         Literal["federated", "central", "local"],
         Field(description="by exchange of updates, one owner of all images, or every client for itself"),
@@ -93,6 +101,11 @@ class FederationConfig:
         Field(description="where clients train; auto: a process a core"),
     ] = "auto"
     device: Annotated[str, Field(description="auto, cpu, cuda or cuda:N")] = "auto"
+
+    @property
+    def rate(self) -> float:
+        """The learning rate, given or the optimiser's own."""
+        return LEARNING_RATES[self.optimizer] if self.lr is None else self.lr
 
     def __post_init__(self) -> None:
         if self.local_epochs is not None and self.local_steps is not None:

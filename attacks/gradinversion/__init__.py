@@ -32,6 +32,7 @@ class GradInversion(Attack):
     name: ClassVar[str] = "gradinversion"
     seat: ClassVar[Literal["server", "malicious-server"]] = "server"
     goal: ClassVar[str] = "rebuild training images from the update that a client sends"
+    needs_sgd: ClassVar[bool] = True
 
     method: Annotated[
         Method | MaliciousMethod,

@@ -21,6 +21,7 @@ PLACES = {
     "local_steps": ("federation", "local_steps"),
     "local_epochs": ("federation", "local_epochs"),
     "batch_size": ("federation", "batch_size"),
+    "optimizer": ("federation", "optimizer"),
     "lr": ("federation", "lr"),
     "topology": ("federation", "topology"),
     "strategy": ("federation", "strategy"),
@@ -51,7 +52,8 @@ PLACES = {
 @click.option("--local-steps", type=int, help="Optimisation steps a round …")
 @click.option("--local-epochs", type=int, help="… or passes over the client's images (default 3).")
 @click.option("--batch-size", type=int, help="Images per optimisation step (default 32).")
-@click.option("--lr", type=float, help="Learning rate of the clients' SGD (default 0.02).")
+@click.option("--optimizer", type=click.Choice(["sgd", "adamw"]), help="What clients descend with (default sgd).")
+@click.option("--lr", type=float, help="Learning rate of the clients (default 0.02; with adamw 0.001).")
 @click.option("--partition", metavar="LAW", help="iid, dirichlet, quantity, site or patient.")
 @click.option("--alpha", type=float, help="Concentration of the dirichlet and quantity partitions (default 0.5).")
 @click.option(

@@ -35,6 +35,8 @@ from fedsec.plugins import construct
 FINDINGS = ("pneumonia", "cardiomegaly", "effusion", "nodule")
 MAX_SPOTS = 5
 SPOT = ("side", "reach", "angle", "radius")
+WINDOWS = ((1.0, 0.0), (0.5, 0.225), (1.6, -0.175), (0.8, 0.1))
+"""Gain and offset of the sites in turn, where `contrast` is 1."""
 LUNG_DEPTH = 0.34
 """Intensity that air takes away."""
 
@@ -93,6 +95,9 @@ class ChestOptions(Options):
         Literal["binary", "multi"], Field(description="pneumonia or not, or the four findings side by side")
     ] = "binary"
     marker: Annotated[bool, Field(description="a bright block in a corner that tells the site")] = False
+    contrast: Annotated[
+        float, Field(ge=0, le=1, description="contrast shift: each site stores other grey levels; 0 none, 1 strong")
+    ] = 0.0
 
 
 Bools = npt.NDArray[np.bool_]
@@ -163,7 +168,8 @@ def _render(
     light += haze * (scene["haze"] < 0.35)
     if options.marker:
         light += _marker(size, site)
-    return scanner.acquire(light, noise, site)
+    image = scanner.acquire(light, noise, site)
+    return _stored(image, site, options.contrast) if options.contrast else image
 
 
 @dataclass(frozen=True, eq=False)
@@ -253,6 +259,12 @@ def _opacities(chest: _Chest, a: Draws, scene: Draws, white: Field3, severity: f
     patchy: Field3 = (0.04 * severity + 0.16 * s) * total * (1 + 0.35 * pink(white, 0.8))
     patchy += 0.03 * s * chest.lung
     return patchy
+
+
+def _stored(image: Field3, site: npt.NDArray[np.int64], contrast: float) -> Field3:
+    """Each site's own window of grey levels: a gain around 0.5 and an offset, clipped."""
+    gain, offset = np.array(WINDOWS, dtype=np.float32)[site % len(WINDOWS)].T[:, :, None, None]
+    return np.asarray(np.clip(0.5 + gain**contrast * (image - 0.5) + contrast * offset, 0, 1))
 
 
 def _marker(size: int, site: npt.NDArray[np.int64]) -> Field3:

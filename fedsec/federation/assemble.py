@@ -23,7 +23,7 @@ from fedsec.data.stream import client_images
 from fedsec.defense import Defense
 from fedsec.errors import ConfigError
 from fedsec.federation import topology
-from fedsec.federation.composition import check_privacy, check_rule, check_seat, compose
+from fedsec.federation.composition import check_optimizer, check_privacy, check_rule, check_seat, compose
 from fedsec.federation.desk import ServerState, Setting
 from fedsec.federation.engines.base import ClientData, Engine
 from fedsec.federation.engines.processes import Processes
@@ -123,7 +123,12 @@ def resolve(cell: Cell) -> Cell:
     if engine == "flower" and importlib.util.find_spec("flwr") is None:
         raise ConfigError("engine=flower: Flower is not installed; pip install 'fedsec[flower]', or use processes")
     cell = topology.settled(cell)
-    settings: dict[str, Any] = {**vars(cell.federation), "device": str(device), "engine": engine}
+    settings: dict[str, Any] = {
+        **vars(cell.federation),
+        "lr": cell.federation.rate,
+        "device": str(device),
+        "engine": engine,
+    }
     if cell.federation.local_epochs is None and cell.federation.local_steps is None:
         settings["local_epochs"] = DEFAULT_EPOCHS
     return replace(
@@ -168,6 +173,7 @@ def build_stack(cell: Cell) -> tuple[tuple[Defense, ...], Attack | None, Strateg
     check_rule(strategy, choose_aggregator(defenses), [d.name for d in defenses])
     if attack is not None:
         check_seat(strategy, attack)
+        check_optimizer(cell.federation.optimizer, attack)
     Participation.parse(cell.federation.participation)
     topology.check(cell, defenses, attack)
     return defenses, attack, strategy
@@ -277,12 +283,13 @@ def take_seats(
         LocalRecipe(
             task=facts.task,
             num_classes=facts.num_classes,
-            lr=settings.lr,
+            lr=settings.rate,
             momentum=settings.momentum,
             weight_decay=settings.weight_decay,
             batch_size=settings.batch_size,
             epochs=settings.local_epochs,
             steps=settings.local_steps,
+            optimizer=settings.optimizer,
         )
     )
     setting = Setting(facts.image_shape, recipe, count, RoundContext(cell.seed, 0, settings.rounds))

@@ -218,6 +218,19 @@ def check_seat(strategy: Strategy, attack: Attack) -> None:
         raise ConfigError(f"{attack.name}: {strategy.server_seat}")
 
 
+def check_optimizer(optimizer: str, attack: Attack) -> None:
+    """Refuse an attack that would look harmless for want of a gradient.
+
+    Raises:
+        ConfigError: the clients' optimiser is adaptive, and the attack needs plain SGD.
+    """
+    if attack.needs_sgd and optimizer != "sgd":
+        raise ConfigError(
+            f"{attack.name}: rebuilds images from SGD's updates, and is not built for those of {optimizer}, "
+            "which give away the signs of the gradient at least: a low score would prove nothing. Use optimizer=sgd"
+        )
+
+
 def check_privacy(strategy: Strategy, claiming: Sequence[Defense]) -> None:
     """Refuse an epsilon that would not hold.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,18 @@ from fedsec.models.loss import penalties, task_loss
 from fedsec.types import LocalRecipe, RoundContext, Task
 
 
+def optimizer(params: Sequence[nn.Parameter], recipe: LocalRecipe) -> torch.optim.Optimizer:
+    """What the recipe's clients descend with, fused where the device can."""
+    fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in params)
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(params, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=fused)
+    return torch.optim.SGD(
+        params, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, fused=fused
+    )
+
+
 class PlainStep:
-    """Plain SGD on shuffled batches, one epoch after the other."""
+    """The recipe's optimiser on shuffled batches, one epoch after the other."""
 
     def __init__(self, model: nn.Module, recipe: LocalRecipe, objective: Objective | None = None) -> None:
         self.model = model
@@ -23,20 +33,14 @@ class PlainStep:
         self.objective = objective or plain_objective(recipe.task)
         params = [p for p in model.parameters() if p.requires_grad]
         # A fresh optimiser each round: momentum does not survive a broadcast.
-        self.optimizer: torch.optim.Optimizer = torch.optim.SGD(
-            params,
-            lr=recipe.lr,
-            momentum=recipe.momentum,
-            weight_decay=recipe.weight_decay,
-            fused=all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in params),
-        )
+        self.optimizer = optimizer(params, recipe)
 
     def batches(self, size: int, ctx: RoundContext) -> Iterator[Tensor]:
         """Shuffled index batches for the recipe's epochs or steps; the last batch of an epoch may be short."""
         return shuffled_batches(size, self.recipe, ctx.generator("batches"))
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        """One SGD step."""
+        """One step."""
         self.optimizer.zero_grad(set_to_none=True)
         with penalties(self.model) as extra:
             loss = self.objective(self.model, x, y)

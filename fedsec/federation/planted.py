@@ -253,6 +253,8 @@ def with_planted(federation: Federation, canaries: Canaries, dealt: Partition) -
     seats, cell = federation.seats, federation.cell
     if cell.federation.engine == "flower":
         raise ConfigError(f"canary={canaries.kind}: what they show stays on the nodes; use engine=serial or processes")
+    if canaries.unit != "client" and seats.recipe.optimizer != "sgd":
+        raise ConfigError(f"canary={canaries.kind}: read from SGD's steps; use optimizer=sgd, or canaries of clients")
     if seats.attack is not None and (seats.attack.changes_training or seats.attack.victims() is not None):
         raise ConfigError(f"canary={canaries.kind}: {seats.attack.name} needs a training without them; use another run")
     if canaries.unit == "client" and (

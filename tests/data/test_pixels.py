@@ -51,7 +51,7 @@ def test_digests_are_equal_where_and_only_where_pixels_are(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     if weights is not None:  # the worst fast key: the same for all; equal pixels are still told from others
-        monkeypatch.setattr(pixels, "_weights", lambda size: np.zeros(-(-size // 8), dtype=np.uint64))
+        monkeypatch.setattr(pixels, "_weights", lambda count: np.zeros(count, dtype=np.uint64))
     paths = [picture(tmp_path / f"{i}.png", i % 7, mode="RGB") for i in range(12)]
     done = decode_all(paths, Look(17, 3), tmp_path)
     digests = image_digests(done.images)

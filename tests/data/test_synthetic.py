@@ -117,6 +117,15 @@ def test_marker_is_off_by_default_and_tells_the_site() -> None:
     assert not (places["site 1"] & places["site 2"]).any()
 
 
+def test_contrast_is_a_window_of_its_own_at_every_site() -> None:
+    plain, shifted = (data.load("synthetic-cxr", images=40, contrast=c) for c in (0, 1))
+    for s, (gain, offset) in enumerate([(1, 0), (0.5, 0.225), (1.6, -0.175), (0.8, 0.1)], start=1):
+        rows = plain.rows(site=f"site {s}")
+        expected = np.clip(0.5 + gain * (pixels(plain)[rows] / 255 - 0.5) + offset, 0, 1)
+        # Rounding to 8 bits before the gain and after it.
+        assert np.abs(pixels(shifted)[rows] / 255 - expected).max() <= (0.5 * gain + 0.51) / 255
+
+
 def test_severity_zero_hides_pneumonia() -> None:
     d = data.load("synthetic-cxr", images=300, severity=0, shift=0)
     clean = data.load("synthetic-cxr", images=300, prevalence=0.0, severity=1, shift=0)

@@ -69,6 +69,7 @@ def test_what_cannot_be_stacked_is_trained_one_by_one() -> None:
     dp, topk = (plugins.build("defenses", PluginSpec(name, {})) for name in ("dp", "topk"))
     assert not stackable(toy.seats(defenses=(dp,))), "it wraps the step"
     assert stackable(toy.seats(defenses=(topk,))), "it changes the update alone"
+    assert not stackable(toy.seats(recipe=toy.recipe(optimizer="adamw"))), "SGD alone is stacked"
     data = toy.clients(SIZES)
     one, other = toy.seats(toy.network(norm=True)), toy.seats(toy.network(norm=True))
     assert torch.equal(trained(one, Serial(one, data))[0], trained(other, Batched(other, data))[0])

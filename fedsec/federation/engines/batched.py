@@ -140,4 +140,5 @@ def stackable(seats: Seats) -> bool:
     hooks = ("begin", "objective", "local_step", "finish", "report", "wire")
     usual = all(getattr(type(seats.strategy), hook) is getattr(Strategy, hook) for hook in hooks)
     whole = seats.sharing.buffers.size == 0 and seats.sharing.local.size == 0
-    return plain and prepared and usual and whole and not random and seats.planted is None
+    descent = seats.recipe.optimizer == "sgd"
+    return plain and prepared and usual and whole and descent and not random and seats.planted is None
