@@ -6,6 +6,8 @@ as well, and markers or dashes in shape, so that a grey print tells them apart.
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,10 +75,16 @@ def tradeoff_front(points: Sequence[Point], path: Path) -> list[Path]:
     ends = [p.utility[k] for p in points for k in ("value", "low", "high") if p.utility.get(k) is not None]
     axes.set_xlim(*span(np.array(x), 5 * measure.least))
     axes.set_ylim(*span(np.array(ends), 0.1))
+    low, high = axes.get_xlim()
+    if measure.percent:
+        axes.set_xlim(max(low, 0.0), min(high, 1.0))
+    near = len(lines) > 1 and abs(lines[0][1] - lines[-1][1]) < 0.17 * (high - low)
     for name, value, dashes in lines:
         axes.axvline(value, color=MUTED, linewidth=0.9, linestyle=dashes, zorder=1)
+        left = value == min(v for _, v, _ in lines)
+        side = ("right" if left else "left") if near else "center"
         axes.text(
-            value, 1.01, name, transform=axes.get_xaxis_transform(), fontsize=7, ha="center", va="bottom", color=MUTED
+            value, 1.01, name, transform=axes.get_xaxis_transform(), fontsize=7, ha=side, va="bottom", color=MUTED
         )
     _axes(axes, _unit(measure), "test AUC")
     if measure.percent:
@@ -286,7 +294,8 @@ def _label_points(
 
 def _point_label(p: Point) -> str:
     text = short(p.defense) if p.defense != "none" else "no defense"
-    if p.epsilon is not None and f"ε={p.epsilon:g}" not in text:
+    asked = [float(number) for number in re.findall(r"ε=([\d.]+)", text)]
+    if p.epsilon is not None and not any(math.isclose(e, p.epsilon, rel_tol=0.01) for e in asked):
         text += f" (ε={p.epsilon:.3g})"
     return wrapped(text, LABEL_WIDTH)
 

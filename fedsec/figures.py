@@ -181,7 +181,7 @@ def wall(folder: RunFolder, cells: Sequence[Mapping[str, Any]], number: int) -> 
         )
         if not rows:
             rows.append(("original", _stack(originals)))
-        rows.append((f"recovered, {defense(cell)}", _stack(recovered)))
+        rows.append((f"recovered, {short(defense(cell))}", _stack(recovered)))
     if mean is not None:
         rows.append(("public mean image", mean.expand_as(rows[0][1])))
     return rows

@@ -137,7 +137,8 @@ def training_curve(
 def spread(places: Sequence[float], sizes: Sequence[float]) -> list[float]:
     """Ascending places of labels moved as little as possible, in squares, until labels of these sizes do not overlap.
 
-    By pooling adjacent violators: places less the sizes stacked below them must not decrease.
+    By pooling adjacent violators: places less the sizes stacked below them must not decrease. Labels that fit together
+    between 0 and 1 stay there.
     """
     stacked = np.cumsum(sizes) - np.asarray(sizes) / 2
     pools: list[list[float]] = []
@@ -145,7 +146,11 @@ def spread(places: Sequence[float], sizes: Sequence[float]) -> list[float]:
         pools.append([place])
         while len(pools) > 1 and np.mean(pools[-2]) > np.mean(pools[-1]):
             pools[-2:] = [pools[-2] + pools[-1]]
-    return [float(np.mean(pool) + below) for pool, below in zip([p for p in pools for _ in p], stacked, strict=True)]
+    room = 1 - float(np.sum(sizes))
+    bases = [float(np.mean(pool)) for pool in pools for _ in pool]
+    if room >= 0:
+        bases = [min(max(base, 0.0), room) for base in bases]
+    return [base + float(below) for base, below in zip(bases, stacked, strict=True)]
 
 
 def label_ends(axes: Axes, curves: Mapping[str, NDArray[np.float64]], height: float) -> None:

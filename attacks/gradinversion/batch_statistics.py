@@ -92,7 +92,8 @@ class Statistics:
 
         Args:
             used: where they come from.
-            counts: module -> n, the numbers over which one channel's moments run: images times positions.
+            counts: module -> n, the numbers over which one channel's moments run: images times positions. A layer
+                that images do not pass, such as one of a strategy's own, is not in it and matches nothing.
 
         Raises:
             NotApplicable: they cannot honestly be had.
@@ -102,10 +103,11 @@ class Statistics:
             raise NotApplicable(f"bn={used}: {reason}")
         if used == "none":
             return {}
+        layers = [name for name in self.layers if name in counts]
         if used == "running":
-            return {n: Moments(self.before[f"{n}.running_mean"], self.before[f"{n}.running_var"]) for n in self.layers}
+            return {n: Moments(self.before[f"{n}.running_mean"], self.before[f"{n}.running_var"]) for n in layers}
         found = {}
-        for name in self.layers:
+        for name in layers:
             ends = [
                 (self.before[f"{name}.{end}"], self.after[f"{name}.{end}"]) for end in ("running_mean", "running_var")
             ]

@@ -7,9 +7,9 @@ Hu et al. 2021 (source inference).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,7 +21,6 @@ from torch.nn import functional as F
 
 from fedsec.findings import MembershipScores, SourceGuesses, Target
 from fedsec.metrics.signals import BATCH, evaluating, logits_of, signals
-from fedsec.models.base import last_linear
 from fedsec.types import Layout, ServerView, Task
 
 if TYPE_CHECKING:
@@ -53,20 +52,27 @@ def watched_scores(
         return (), (), ("no update history: the methods from the server's seat did not run",)
     chosen = [views[i] for i in np.unique(np.linspace(0, len(views) - 1, attack.rounds).round().astype(int))]
     hidden = any(view.clients_in_sum > 1 for view in chosen)
-    rounds = [measure(target.model().to(target.device), view, target) for view in chosen]
-    view = "sum" if hidden else "updates"
-    found: dict[str, Array] = {
-        "grad_cos": np.mean([r.cosine.max(0) for r in rounds], axis=0),
-        "grad_diff": np.mean([r.difference.max(0) for r in rounds], axis=0),
-        "loss_series": np.mean([r.log_p.max(0) for r in rounds], axis=0),
-    }
+    model = target.model().to(target.device)
+    layer = logits_layer(model, candidates.images[:1].to(target.device))
     notes: list[str] = []
+    if layer is None or any(f"{layer}.weight" not in v.layout.names for v in chosen):
+        why = "no fully connected layer makes the logits" if layer is None else f"{layer} stays with the clients"
+        notes.append(f"{why}: grad_cos, grad_diff and all_for_one, which read that layer's update, did not run")
+        layer = None
+    rounds = [measure(model, view, target, layer) for view in chosen]
+    view = "sum" if hidden else "updates"
+    found: dict[str, Array] = {"loss_series": np.mean([r.log_p.max(0) for r in rounds], axis=0)}
+    if layer is not None:
+        found["grad_cos"] = np.mean([r.cosine.max(0) for r in rounds], axis=0)
+        found["grad_diff"] = np.mean([r.difference.max(0) for r in rounds], axis=0)
     sources: list[SourceGuesses] = []
     if hidden:
         notes.append("view is aggregate only: source inference and all_for_one need individual updates")
     else:
         sources.append(SourceGuesses("lowest loss", lowest_loss(rounds)))
-        if min(len(r.clients) for r in rounds) >= FEWEST:
+        if layer is None:
+            pass
+        elif min(len(r.clients) for r in rounds) >= FEWEST:
             score, who = one_against_all(rounds)
             found["all_for_one"] = score
             sources.append(SourceGuesses("one against all", who))
@@ -77,27 +83,55 @@ def watched_scores(
     return scores, tuple(sources), tuple(notes)
 
 
-def measure(model: nn.Module, view: ServerView, target: Target) -> Measured:
-    """What one round says about every candidate."""
+def measure(model: nn.Module, view: ServerView, target: Target, layer: str | None) -> Measured:
+    """What one round says about every candidate; nothing by gradients where no `layer` makes the logits."""
     candidates = target.candidates
     assert candidates is not None
-    layer = last_linear(model)
     _load(model, view, view.params, view.buffers)
-    errors, features = last_layer(model, layer, candidates.images, candidates.labels, candidates.task, target.device)
+    images, labels = candidates.images, candidates.labels
+    known = None if layer is None else last_layer(model, layer, images, labels, candidates.task, target.device)
     per_step = view.recipe.lr * max(1, view.local_steps)
     cosine, difference, log_p = [], [], []
     for update in view.updates:
-        u = _layer_of(update.delta, view.layout, layer) / -per_step
-        inner = ((errors @ u[:, :-1]) * features).sum(1) + errors @ u[:, -1]
-        own = (errors.square().sum(1) * (features.square().sum(1) + 1)).clamp(min=1e-20)
-        scale = 1 / max(1, update.num_samples)
-        cosine.append((inner / (own.sqrt() * u.norm().clamp(min=1e-20))).numpy())
-        difference.append((2 * scale * inner - scale**2 * own).numpy())
+        silent = np.full(len(images), np.nan)
+        if layer is None or known is None:
+            cosine.append(silent)
+            difference.append(silent)
+        else:
+            errors, features = known
+            u = _layer_of(update.delta, view.layout, layer) / -per_step
+            inner = ((errors @ u[:, :-1]) * features).sum(1) + errors @ u[:, -1]
+            own = (errors.square().sum(1) * (features.square().sum(1) + 1)).clamp(min=1e-20)
+            scale = 1 / max(1, update.num_samples)
+            cosine.append((inner / (own.sqrt() * u.norm().clamp(min=1e-20))).numpy())
+            difference.append((2 * scale * inner - scale**2 * own).numpy())
         _load(model, view, view.params + update.delta, update.buffers)
         logits = logits_of(model, candidates.images, target.device)
         log_p.append(signals(logits, candidates.labels.numpy(), candidates.task).log_p)
     stacked = [np.stack(rows).astype(np.float64) for rows in (cosine, difference, log_p)]
     return Measured(tuple(u.client for u in view.updates), *stacked)
+
+
+@torch.no_grad()
+def logits_layer(model: nn.Module, image: Tensor) -> str | None:
+    """Name of the fully connected layer whose outputs the logits are; None where something else makes them.
+
+    The last one of the model need not be it: strategies add projectors, hypernetworks and graphs.
+    """
+    made: dict[str, Tensor] = {}
+
+    def hook(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        return lambda _, __, output: made.update({name: output})
+
+    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    hooks = [module.register_forward_hook(hook(name)) for name, module in layers]
+    try:
+        with evaluating(model):
+            logits = model(image)
+    finally:
+        for each in hooks:
+            each.remove()
+    return next((name for name, output in made.items() if torch.equal(output, logits)), None)
 
 
 def last_layer(

@@ -11,6 +11,7 @@ import torch
 
 import fedsec
 from fedsec import plugins
+from fedsec.errors import ConfigError
 from fedsec.federation.composition import compose
 from fedsec.federation.engines.processes import Processes
 from fedsec.federation.engines.serial import Serial
@@ -121,6 +122,34 @@ def test_a_whole_run_from_the_command_line_s_side(name: str, tmp_path: Path) -> 
     assert not cell.get("failed_clients")
     personal = plugins.load("strategies", name).personal
     assert ("shared" in cell["utility"]) == (personal and name not in ("local", "medisecfed"))
+
+
+SERVERS = (
+    "gradinversion:images=1,budget_s=0.05,clock=work,bound=false,rounds=last",
+    "membership:methods=loss+loss_series+grad_cos,shadows=0",
+    "extras",
+)
+ODD = {"partial", "hffed", "moon", "ekd", "siteaware_gnn"}
+"""Whose last fully connected layer stays at home, or does not make the logits, or is never passed."""
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in ODD else pytest.mark.slow) for n in ROWS])
+def test_every_attack_from_the_server_s_seat_runs_or_is_refused_with_a_reason(name: str) -> None:
+    tables = {
+        "data": {"name": "synthetic-cxr:images=200"},
+        "model": {"name": "cnn", "norm": "group" if name == "heterofl" else "batch"},
+        "federation": {"engine": "serial", "clients": 2, "rounds": 1, "local_epochs": 1, "strategy": word(name)},
+        "baseline": False,
+    }
+    if name == "gossip":
+        tables["federation"] |= {"strategy": "gossip:observer=0"}  # type: ignore[operator]
+    for attack in SERVERS:
+        if name in ("local", "medisecfed") and (name == "local" or attack != "extras"):
+            with pytest.raises(ConfigError, match=r"no parameter leaves a client|no server"):
+                fedsec.run(tables, attack=attack)
+        else:
+            cell = fedsec.run(tables, attack=attack)["cells"][0]
+            assert "leakage" in cell or cell["notes"]
 
 
 @pytest.mark.parametrize("name", ROWS)

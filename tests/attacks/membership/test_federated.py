@@ -49,6 +49,21 @@ def test_the_last_layer_has_its_gradient_in_closed_form(task: Task) -> None:
         torch.testing.assert_close(errors[i], bias)
 
 
+def test_the_layer_that_makes_the_logits_is_not_always_the_last_one_listed() -> None:
+    class Headed(nn.Module):
+        def __init__(self, scaled: bool) -> None:
+            super().__init__()
+            self.net, self.beside, self.scaled = network(3), nn.Linear(16, 3), scaled
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = self.net(x)
+            return 2 * logits if self.scaled else logits
+
+    x = torch.rand(1, 1, 8, 8)
+    assert federated.logits_layer(Headed(False), x) == "net.3"
+    assert federated.logits_layer(Headed(True), x) is None, "its update is not (p - y) times the features"
+
+
 def rounds(clients: int, images: int, count: int = 3) -> list[Any]:
     draw = np.random.default_rng(0)
     return [
