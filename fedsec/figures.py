@@ -58,8 +58,9 @@ def draw_setting(folder: RunFolder, cells: list[dict[str, Any]], figures: Path, 
     for point in found:
         by_attack.setdefault(point.attack, []).append(point)
     names = slugs(list(by_attack))
+    weaker = lesser_shares(list(by_attack))
     for attack, own in by_attack.items():
-        if len(own) > 1 and own[0].undisturbed:
+        if len(own) > 1 and own[0].undisturbed and attack not in weaker:
             written += charts.tradeoff_front(own, figures / f"tradeoff-{names[attack]}")
     if len(by_attack) > 1 and len({p.defense for p in found}) > 1:
         written += charts.heat_map(found, figures / "heatmap")
@@ -72,6 +73,8 @@ def draw_setting(folder: RunFolder, cells: list[dict[str, Any]], figures: Path, 
     if len(costs) > 1:
         written += charts.cost_bars(dict(reversed(costs.items())), figures / "cost")
     for attack, lines in trainings(folder, cells).items():
+        if attack in weaker:
+            continue
         stem = f"training-{slug(attack)}" if attack else "training"
         written += plotting.training_curve(lines, figures / stem, ylabel="validation AUC")
     return written
@@ -121,6 +124,24 @@ def rocs(cells: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[tuple[f
     return found
 
 
+def without_share(attack: str) -> tuple[str, float | None]:
+    """An attack without its share of malicious clients, and that share."""
+    spec = PluginSpec.parse(attack)
+    share = spec.params.get("fraction")
+    rest = PluginSpec(spec.name, {k: v for k, v in spec.params.items() if k != "fraction"})
+    return str(rest), None if share is None else float(share)
+
+
+def lesser_shares(attacks: Sequence[str]) -> set[str]:
+    """Attacks that also stand there with a larger share: the breakdown curve shows all, and no figure of their own."""
+    split = {attack: without_share(attack) for attack in attacks}
+    largest: dict[str, float] = {}
+    for rest, share in split.values():
+        if share is not None:
+            largest[rest] = max(share, largest.get(rest, share))
+    return {attack for attack, (rest, share) in split.items() if share is not None and share < largest[rest]}
+
+
 def breakdowns(
     found: Sequence[Point], cells: Sequence[Mapping[str, Any]]
 ) -> dict[str, dict[str, list[tuple[float, Mapping[str, Any]]]]]:
@@ -128,15 +149,13 @@ def breakdowns(
     clean = {p.defense: p.utility for p in found if p.measure.higher_is_worse or p.undisturbed}
     curves: dict[str, dict[str, list[tuple[float, Mapping[str, Any]]]]] = {}
     for point in found:
-        spec = PluginSpec.parse(point.attack)
-        share = spec.params.get("fraction")
+        rest, share = without_share(point.attack)
         if share is None or point.measure.path != UTILITY:
             continue
-        rest = PluginSpec(spec.name, {k: v for k, v in spec.params.items() if k != "fraction"})
-        own = curves.setdefault(str(rest), {}).setdefault(short(point.defense), [])
+        own = curves.setdefault(rest, {}).setdefault(short(point.defense), [])
         if not own and point.defense in clean and point.undisturbed:
             own.append((0.0, clean[point.defense]))
-        own.append((float(share), point.leakage))
+        own.append((share, point.leakage))
     return {
         attack: {name: sorted(own, key=lambda item: item[0]) for name, own in rows.items()}
         for attack, rows in curves.items()

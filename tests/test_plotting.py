@@ -136,3 +136,11 @@ def test_importing_and_drawing_leaves_pyplot_alone(tmp_path):
         "assert 'matplotlib.pyplot' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_of_several_shares_the_largest_alone_has_figures_of_its_own():
+    from fedsec.figures import lesser_shares
+
+    shares = [f"poisoning:method=alie,fraction={f}" for f in (0.1, 0.3, 0.2)]
+    others = ["poisoning:method=ipm,fraction=0.1", "gradinversion:images=4"]
+    assert lesser_shares([*shares, *others]) == {shares[0], shares[2]}
