@@ -191,19 +191,34 @@ def wall(folder: RunFolder, cells: Sequence[Mapping[str, Any]], number: int) -> 
         path = folder.artifacts(cell["id"]) / "reconstructions.safetensors"
         if not path.is_file():
             continue
-        tensors, _ = checkpoint.load(path)
-        mean = tensors["public_mean"]
-        keys = sorted(k for k in tensors if f"/round-{number}/" in k)
-        originals, recovered = (
-            [image for k in keys if k.endswith(kind) for image in tensors[k]][:SHOWN]
-            for kind in ("original", "recovered")
-        )
+        originals, recovered, mean = paired(path, number)
         if not rows:
-            rows.append(("original", _stack(originals)))
-        rows.append((f"recovered, {short(defense(cell))}", _stack(recovered)))
+            rows.append(("original", originals[:SHOWN]))
+        rows.append((f"recovered, {short(defense(cell))}", recovered[:SHOWN]))
     if mean is not None:
         rows.append(("public mean image", mean.expand_as(rows[0][1])))
     return rows
+
+
+def paired(path: Path, number: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Originals (N, C, H, W) of one round, what was recovered of each, and the public mean image (C, H, W).
+
+    Matched batch by batch as they are scored: batches come back in any order, and a sum of clients gives more images
+    than the victim sent. The mean image stands where nothing was recovered.
+    """
+    import torch
+
+    from fedsec.metrics.image import match
+
+    tensors, _ = checkpoint.load(path)
+    mean = tensors["public_mean"]
+    originals, recovered = [], []
+    for key in sorted(k for k in tensors if f"/round-{number}/" in k and k.endswith("/original")):
+        truths, images = tensors[key].float(), tensors[key.removesuffix("original") + "recovered"].float()
+        assigned = match(torch.nan_to_num(images), truths)
+        originals.append(truths)
+        recovered.append(torch.stack([mean if k is None else images[k] for k in assigned]))
+    return torch.cat(originals), torch.cat(recovered), mean
 
 
 def curve(folder: RunFolder, cell: Mapping[str, Any]) -> list[tuple[int, float]]:
@@ -218,9 +233,3 @@ def curve(folder: RunFolder, cell: Mapping[str, Any]) -> list[tuple[int, float]]
 def defense(cell: Mapping[str, Any]) -> str:
     """`no defense`, or the stack as people write it."""
     return defense_label(cell) if cell.get("defense") else "no defense"
-
-
-def _stack(images: list[Tensor]) -> Tensor:
-    import torch
-
-    return torch.stack(images)

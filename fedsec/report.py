@@ -5,20 +5,20 @@ Everything in it is read from run folders; nothing is computed again, and the pa
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fedsec import __version__, checkpoint
+from fedsec import __version__
 from fedsec.errors import ConfigError
 from fedsec.files import write_text
+from fedsec.inlined import drawings, pictures
 from fedsec.store import RunFolder
 from fedsec.tradeoff import (
     MEASURES,
+    UTILITY,
     Point,
     attack_label,
     command_of,
@@ -29,8 +29,6 @@ from fedsec.tradeoff import (
     points,
 )
 
-PICTURES = 12
-"""Pairs of original and reconstruction that are shown, the worst leaks first, one a defended federation."""
 FailOn = Literal["lower", "point", "upper"]
 SHORT = {measure.path.rpartition(".")[2]: measure.path for measure in reversed(MEASURES)}
 SHORT |= {"epsilon": "privacy.epsilon", "auc": "leakage.membership.headline.auc"}
@@ -217,7 +215,12 @@ def sentence(p: Point, group: Sequence[Mapping[str, Any]]) -> str:
     worst = max(group, key=lambda c: (estimate(c, p.measure.path) or {"value": float("-inf")})["value"])
     leakage = worst.get("leakage", {})
     said = leakage.get("verdict") or leakage.get("membership", {}).get("verdict")
-    return str(said) if said else ""
+    if said or p.measure.path != UTILITY or not p.undisturbed:
+        return str(said or "")
+    lost = p.utility["value"] - p.leakage["value"]
+    return (
+        f"The attack costs {lost:.3f} of {p.utility['value']:.3f} test AUC" if lost > 0 else "The attack costs nothing"
+    )
 
 
 def row(folder: RunFolder, cell: Mapping[str, Any], found: Sequence[Point]) -> dict[str, Any]:
@@ -301,92 +304,13 @@ def assumptions(cells: Iterable[Mapping[str, Any]]) -> list[tuple[str, list[tupl
     ]
 
 
-def drawings(found: Sequence[Point]) -> list[tuple[str, str]]:
-    """(title, data URI) of the trade-off figures and heat maps."""
-    import tempfile
-
-    from fedsec import charts
-
-    groups: dict[tuple[str, str, str], list[Point]] = {}
-    for p in found:
-        groups.setdefault((p.dataset, p.model, p.attack), []).append(p)
-    made = []
-    with tempfile.TemporaryDirectory() as name:
-        for k, ((dataset, model, attack), own) in enumerate(groups.items()):
-            if len(own) > 1 and own[0].undisturbed and k < PICTURES:
-                svg = charts.tradeoff_front(own, Path(name) / f"front-{k}")[0]
-                made.append((f"Trade-off on {dataset} with {model}: {attack}", _uri(svg.read_bytes(), "svg+xml")))
-        for k, pair in enumerate(dict.fromkeys((p.dataset, p.model) for p in found)):
-            own = [p for p in found if (p.dataset, p.model) == pair]
-            if len({p.attack for p in own}) > 1:
-                svg = charts.heat_map(own, Path(name) / f"heat-{k}")[0]
-                made.append((f"Attacks and defenses on {pair[0]} with {pair[1]}", _uri(svg.read_bytes(), "svg+xml")))
-    return made
-
-
-def pictures(cells: Sequence[tuple[RunFolder, Mapping[str, Any]]], redact: bool) -> list[dict[str, Any]]:
-    """The best reconstruction of each attacked, defended federation: the worst leak first."""
-    best: dict[tuple[str, str, str], dict[str, Any]] = {}
-    for folder, cell in cells:
-        rows = cell.get("leakage", {}).get("images")
-        path = folder.artifacts(cell["id"]) / "reconstructions.safetensors"
-        if not rows or not path.is_file():
-            continue
-        top = max((r["psnr"] for r in rows if r["psnr"] is not None), default=None)
-        key = (str(cell["dataset"]), attack_label(cell), defense_label(cell))
-        if top is not None and (key not in best or top > best[key]["psnr"]):
-            best[key] = {"cell": cell, "path": path, "psnr": top}
-    shown = []
-    for (dataset, attack, defense), item in sorted(best.items(), key=lambda pair: -pair[1]["psnr"])[:PICTURES]:
-        original, recovered, value = _best_pair(item["path"], item["cell"]["leakage"]["round"])
-        shown.append(
-            {
-                "title": f"{defense}, seed {item['cell']['seed']}",
-                "attack": f"{attack} on {dataset}",
-                "psnr": value,
-                "original": _png(original, redact),
-                "recovered": _png(recovered, redact),
-            }
-        )
-    return shown
-
-
-def _best_pair(path: Path, number: int) -> tuple[Any, Any, float]:
-    """Original and reconstruction of the image that was recovered best in one round, and its PSNR."""
-    import torch
-
-    from fedsec.metrics.image import psnr
-
-    tensors, _ = checkpoint.load(path)
-    keys = sorted(k for k in tensors if f"/round-{number}/" in k)
-    originals, recovered = (
-        torch.cat([tensors[k] for k in keys if k.endswith(kind)]) for kind in ("original", "recovered")
-    )
-    values = psnr(torch.nan_to_num(recovered), originals)
-    k = int(values.argmax())
-    return originals[k], torch.nan_to_num(recovered[k]), float(values[k])
-
-
-def _png(image: Any, redact: bool) -> str:
-    from PIL import Image
-
-    from fedsec.plotting import blurred
-
-    pixels = (blurred(image) if redact else image).clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).numpy()
-    file = io.BytesIO()
-    Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(file, "png")
-    return _uri(file.getvalue(), "png")
-
-
-def _uri(content: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
-
-
 def number(value: float | None, percent: bool = False) -> str:
-    """Three significant digits; a share as a percentage."""
+    """Three decimals below 2, such as an AUC; one above, such as decibels; a share as a percentage."""
     if value is None:
         return "–"
-    return f"{100 * value:.1f} %" if percent else f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
+    if percent:
+        return f"{100 * value:.1f} %"
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 2 else f"{value:.3f}"
 
 
 def interval(value: Mapping[str, Any], percent: bool = False) -> str:

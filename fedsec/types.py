@@ -12,8 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsec.config import Optimizer
-
 Seat = Literal["server", "malicious-server", "client", "outsider"]
 Task = Literal["binary", "multiclass", "ordinal", "multilabel"]
 
@@ -115,7 +113,7 @@ class LocalRecipe:
     """Local optimisation steps a round; None where `epochs` is given."""
     mode: Literal["train", "eval"] = "train"
     """Mode of normalisation layers and dropout while the client computes its gradients."""
-    optimizer: Optimizer = "sgd"
+    optimizer: Literal["sgd", "adamw"] = "sgd"
     """Momentum is SGD's; AdamW's weight decay is decoupled from the gradient."""
 
 

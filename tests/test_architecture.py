@@ -15,7 +15,7 @@ SOURCES = [p for top in ("fedsec", "attacks", "defenses") for p in (ROOT / top).
 
 # What each layer may import of fedsec; later layers may import earlier ones.
 LAYERS = [
-    {"errors", "files", "machine", "progress"},
+    {"errors", "files", "machine", "progress", "embed"},
     {"plugins", "types"},
     {"attack", "defense", "metrics", "models", "data", "privacy", "config", "checkpoint"},
     {"robust"},
@@ -25,7 +25,7 @@ LAYERS = [
     {"experiment", "audit"},
     {"store", "tradeoff", "plotting"},
     {"charts"},
-    {"api", "figures", "report"},
+    {"api", "figures", "inlined", "report"},
     {"grid", "deployment"},
     {"cli"},
 ]

@@ -144,3 +144,27 @@ def test_of_several_shares_the_largest_alone_has_figures_of_its_own():
     shares = [f"poisoning:method=alie,fraction={f}" for f in (0.1, 0.3, 0.2)]
     others = ["poisoning:method=ipm,fraction=0.1", "gradinversion:images=4"]
     assert lesser_shares([*shares, *others]) == {shares[0], shares[2]}
+
+
+def test_pictures_are_paired_as_they_are_scored(tmp_path):
+    """A sum of three gives three images for the one that the victim sent; a batch comes back in another order."""
+    from fedsec import checkpoint
+    from fedsec.figures import paired
+
+    images = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    mean = torch.full((1, 8, 8), 0.5)
+    tensors = {
+        "public_mean": mean,
+        "000/round-2/original": images[:1],
+        "000/round-2/recovered": images[[3, 4, 0]],
+        "001/round-2/original": images[1:3],
+        "001/round-2/recovered": images[[2, 1]] + 0.01,
+        "002/round-2/original": images[5:],
+        "002/round-2/recovered": images[:0],
+        "003/round-1/original": images[:1],
+        "003/round-1/recovered": images[:1],
+    }
+    checkpoint.save(tmp_path / "r.safetensors", {k: t.clone() for k, t in tensors.items()}, {})
+    originals, recovered, kept = paired(tmp_path / "r.safetensors", 2)
+    assert torch.equal(originals, images[[0, 1, 2, 5]]) and torch.equal(kept, mean)
+    torch.testing.assert_close(recovered, torch.stack([images[0], images[1] + 0.01, images[2] + 0.01, mean]))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from fedsec.audit.figures import roc_figure, score_figure
+from fedsec.embed import png
 
 Picture = tuple[str, np.ndarray]
 """Caption, and (H, W) or (H, W, 3) in [0, 1]."""
@@ -32,7 +31,7 @@ def render(
         loader=PackageLoader("fedsec"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["number"] = number
-    shown = [[] if redact else [(text, data_uri(x)) for text, x in images] for images in (pictures, exposed)]
+    shown = [[] if redact else [(text, png(np.squeeze(x))) for text, x in images] for images in (pictures, exposed)]
     return environment.get_template("audit.html").render(
         r=report,
         roc=roc_figure(report),
@@ -54,13 +53,3 @@ def number(value: Any) -> str:
         interval = f" [{low:.4f}, {high:.4f}]" if low is not None and high is not None else ""
         return f"{value['value']:.4f}{interval}"
     return "–" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
-
-
-def data_uri(image: np.ndarray) -> str:
-    """A PNG inside an address."""
-    from PIL import Image
-
-    pixels = (np.clip(np.squeeze(image), 0, 1) * 255).round().astype(np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
