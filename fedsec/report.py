@@ -27,6 +27,7 @@ from fedsec.tradeoff import (
     measure_of,
     over_seeds,
     points,
+    pooled,
 )
 
 FailOn = Literal["lower", "point", "upper"]
@@ -83,7 +84,8 @@ def check(group: Sequence[Mapping[str, Any]], thresholds: Iterable[Threshold], f
     """
     found = []
     for threshold in thresholds:
-        value = over_seeds(group, threshold.path)
+        measure = next((m for m in MEASURES if m.path == threshold.path), None)
+        value = pooled(group, measure) if measure else over_seeds(group, threshold.path)
         if value is None:
             continue
         exact = value["n"] == 0  # a plain number has no interval
