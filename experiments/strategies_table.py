@@ -19,7 +19,7 @@ from scipy.stats import t
 from fedsec.config import Cell
 from fedsec.tradeoff import MEASURES, Result, estimate, over_seeds, pooled
 
-COLUMNS = ("AUC", "worst", "spread", "balanced", "bytes", "source lift", "membership AUC", "read")
+COLUMNS = ("AUC", "mean of hospitals", "worst", "spread", "balanced", "bytes", "source lift", "membership AUC", "read")
 
 
 def interval(values: Sequence[float]) -> str:
@@ -55,6 +55,7 @@ def row_of(cells: Sequence[Mapping[str, Any]]) -> list[str]:
     notes = sorted({note.partition(":")[0] for c in cells for note in c.get("notes", []) if "leaves" in note})
     return [
         interval([value(u, "auc") for u in utility]),
+        interval([value(u, "mean_client_auc") for u in utility]),
         interval([value(u, "worst_client_auc") for u in utility]),
         interval([u.get("client_auc_spread") for u in utility]),
         interval([value(u, "balanced_accuracy") for u in utility]),
