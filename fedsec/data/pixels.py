@@ -29,6 +29,8 @@ from fedsec.progress import watcher
 VERSION = "pixels-3"
 HELD = 128 << 20
 """Bytes of the map that may stay in memory; more are given back, and read from the disk when they are needed."""
+READ = 1 << 20
+"""Bytes read at once."""
 CHUNK = 64
 """Images that one thread decodes before it says so."""
 SAMPLED = 4
@@ -234,8 +236,7 @@ def _one(path: Path, look: Look) -> tuple[str, Pixels | None, str]:
     """Content hash, pixels and, where there are none, code and reason."""
     content = b""
     try:
-        with path.open("rb", buffering=0) as file:
-            content = file.readall()
+        content = _content(path)
         digest = hashlib.blake2b(content, digest_size=16).hexdigest()
         return digest, decode(content, look), ""
     except ImageFault as error:
@@ -245,6 +246,18 @@ def _one(path: Path, look: Look) -> tuple[str, Pixels | None, str]:
         reason = str(error).partition("<_io")[0].replace(str(path), path.name) or type(error).__name__
         reason = f"cannot be decoded: {reason.strip().replace(chr(10), ' ')}"
     return hashlib.blake2b(content, digest_size=16).hexdigest(), None, f"{code}\t{reason}"
+
+
+def _content(path: Path) -> bytes:
+    """All of a file in few system calls: after each one a thread waits for Python's lock again."""
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+    try:
+        parts = [os.read(handle, READ)]
+        while len(parts[-1]) == READ:
+            parts.append(os.read(handle, READ))
+    finally:
+        os.close(handle)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def _empty_npy(file: Path, shape: tuple[int, ...]) -> int:
