@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numpy.lib.format import open_memmap
 
+from fedsec.data.blocks import BlockFile
 from fedsec.data.cache import cache_dir, write_npz
 from fedsec.data.decode import UNREADABLE, ImageFault, Look, decode, jpeg_decoder
 from fedsec.data.digest import Digests, fingerprint
@@ -31,8 +31,6 @@ HELD = 128 << 20
 """Bytes of the map that may stay in memory; more are given back, and read from the disk when they are needed."""
 READ = 1 << 20
 """Bytes read at once."""
-CHUNK = 64
-"""Images that one thread decodes before it says so."""
 SAMPLED = 4
 """One of so many eight bytes enters the fast key, which need not tell apart what the exact hash then does."""
 
@@ -151,8 +149,7 @@ def _make(file: Path, facts: Path, paths: Sequence[Path], look: Look, workers: i
     os.close(handle)
     temporary = Path(name)
     try:
-        start = _empty_npy(temporary, shape)
-        found = _fill(temporary, start, paths, look, workers)
+        found = _fill(BlockFile(temporary, shape), paths, look, workers)
         columns = {
             "digests": _digests(temporary, [row[0] for row in found]),
             "contents": np.array([row[1] for row in found], dtype="S32"),
@@ -166,23 +163,20 @@ def _make(file: Path, facts: Path, paths: Sequence[Path], look: Look, workers: i
     return columns
 
 
-def _fill(file: Path, start: int, paths: Sequence[Path], look: Look, workers: int) -> list[Row]:
+def _fill(file: BlockFile, paths: Sequence[Path], look: Look, workers: int) -> list[Row]:
     """Write every image at its place; key, content hash, flatness and problem of each."""
-    stride = look.size * look.size * look.channels
-    black = np.zeros((look.size, look.size, look.channels), dtype=np.uint8)
-    words = _weights(-(-stride // 8))[::SAMPLED]
+    words = _weights(-(-file.row // 8))[::SAMPLED]
     jpeg_decoder()  # imported here, not by every thread at once
-    handle = os.open(file, os.O_RDWR)
 
     def some(first: int) -> list[Row]:
-        rows = []
-        for i, path in enumerate(paths[first : first + CHUNK], start=first):
+        rows, block = [], file.block()
+        chosen = paths[first : first + file.rows]
+        for own, path in zip(block, chosen, strict=False):
             content, pixels, problem = _one(path, look)
-            pixels = black if pixels is None else np.ascontiguousarray(pixels)
-            flat = pixels.reshape(-1)
-            eights = (np.resize(flat, -(-stride // 8) * 8) if stride % 8 else flat).view(np.uint64)
-            rows.append((int(np.dot(eights[::SAMPLED], words)), content, _flat(pixels), problem))
-            os.pwrite(handle, pixels.data, start + i * stride)
+            own[:] = 0 if pixels is None else pixels.reshape(-1)
+            eights = (np.resize(own, -(-file.row // 8) * 8) if file.row % 8 else own).view(np.uint64)
+            rows.append((int(np.dot(eights[::SAMPLED], words)), content, pixels is None or _flat(pixels), problem))
+        file.write(first, block[: len(chosen)])
         return rows
 
     progress = watcher()
@@ -192,7 +186,7 @@ def _fill(file: Path, start: int, paths: Sequence[Path], look: Look, workers: in
         with ThreadPoolExecutor(max(1, workers)) as pool:
             # A bounded queue: an interrupt waits for the blocks in work, not for all of them.
             waiting: list[Future[list[Row]]] = []
-            for first in range(0, len(paths), CHUNK):
+            for first in range(0, len(paths), file.rows):
                 waiting.append(pool.submit(some, first))
                 if len(waiting) > 2 * workers:
                     found += waiting.pop(0).result()
@@ -201,7 +195,7 @@ def _fill(file: Path, start: int, paths: Sequence[Path], look: Look, workers: in
                 found += future.result()
                 progress.advance(len(found))
     finally:
-        os.close(handle)
+        file.close()
     return found
 
 
@@ -258,23 +252,6 @@ def _content(path: Path) -> bytes:
     finally:
         os.close(handle)
     return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
-def _empty_npy(file: Path, shape: tuple[int, ...]) -> int:
-    """A whole .npy file of zeros, without writing them; where its first value stands.
-
-    Its room is taken at once where the system can: writing into a file with holes costs three times as much.
-    """
-    if not shape[0]:
-        np.save(file.open("wb"), np.zeros(shape, dtype=np.uint8))
-        return 0
-    whole = open_memmap(file, mode="w+", dtype=np.uint8, shape=shape)
-    start = int(whole.offset)
-    del whole
-    if hasattr(os, "posix_fallocate"):
-        with file.open("r+b") as opened, suppress(OSError):  # some file systems cannot
-            os.posix_fallocate(opened.fileno(), 0, start + int(np.prod(shape)))
-    return start
 
 
 def _check_room(folder: Path, needed: int) -> None:

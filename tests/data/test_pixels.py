@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fedsec.data import pixels
+from fedsec.data import blocks, pixels
 from fedsec.data.cache import cache_dir
 from fedsec.data.decode import ImageFault, Look, decode, shades_of_gray
 from fedsec.data.digest import image_digests
@@ -130,7 +130,7 @@ def test_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_any_number_of_workers_gives_the_same_file(
     tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pixels, "CHUNK", 3)
+    monkeypatch.setattr(blocks, "BLOCK", 3)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     paths = files(tmp_path / "set", 23)
     done = decode_all(paths, Look(16, 3), tmp_path / "set", workers=workers)

@@ -120,11 +120,12 @@ from pathlib import Path
 import numpy as np, torch
 from fedsec.data import stream
 from fedsec.data.digest import image_digests
-from fedsec.data.pixels import MappedImages, _empty_npy
+from fedsec.data.blocks import BlockFile
+from fedsec.data.pixels import MappedImages
 
 shape = (1200, 224, 224, 3)  # 181 MB as bytes, 722 MB as float32
 path = Path(sys.argv[1])
-_empty_npy(path, shape)
+BlockFile(path, shape).close()
 images = MappedImages(path, np.zeros(shape[0], dtype="S32"), np.zeros(shape[0], dtype=bool))
 x = stream.StreamedImages(images, np.arange(shape[0]), torch.device("cpu"))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
