@@ -183,7 +183,7 @@ def _fill(file: BlockFile, paths: Sequence[Path], look: Look, workers: int) -> l
     progress.stage("decoding images", len(paths))
     found: list[Row] = []
     try:
-        with ThreadPoolExecutor(max(1, workers)) as pool:
+        with ThreadPoolExecutor(max(1, workers) + 1) as pool:  # one of them waits for the disk
             # A bounded queue: an interrupt waits for the blocks in work, not for all of them.
             waiting: list[Future[list[Row]]] = []
             for first in range(0, len(paths), file.rows):
