@@ -7,6 +7,7 @@ import mmap
 import os
 import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -29,6 +30,8 @@ from fedsec.progress import watcher
 VERSION = "pixels-3"
 HELD = 128 << 20
 """Bytes of the map that may stay in memory; more are given back, and read from the disk when they are needed."""
+LARGE = 16 << 10
+"""Bytes of an image from which it is read, not mapped."""
 READ = 1 << 20
 """Bytes read at once."""
 SAMPLED = 4
@@ -50,6 +53,7 @@ class MappedImages:
     """(N,) images of one colour."""
     _map: np.memmap = field(init=False, repr=False)
     _read: list[int] = field(default_factory=lambda: [0], init=False, repr=False)
+    _handle: list[int] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_map", np.load(self.path, mmap_mode="r", allow_pickle=False))
@@ -65,11 +69,26 @@ class MappedImages:
 
     def read(self, indices: Rows) -> Pixels:
         """The images at these positions: (B, H, W, C) uint8."""
+        if self._map[:1].nbytes >= LARGE and hasattr(os, "preadv"):
+            return self._copied(indices)
         found: Pixels = np.asarray(self._map)[indices]
         self._read[0] += found.nbytes
         if self._read[0] > HELD:
             self._read[0] = 0
             _release(self._map)
+        return found
+
+    def _copied(self, indices: Rows) -> Pixels:
+        """The same by system calls, which for large images cost less than the faults of pages that are mapped."""
+        if not self._handle:
+            self._handle.append(os.open(self.path, os.O_RDONLY))
+            weakref.finalize(self, os.close, self._handle[0])
+        rows = np.arange(len(self))[indices]
+        found: Pixels = np.empty((len(rows), *self.shape), dtype=np.uint8)
+        size, start = self._map[:1].nbytes, int(self._map.offset)
+        for image, row in zip(found, rows.tolist(), strict=True):
+            if os.preadv(self._handle[0], [image], start + row * size) != size:
+                raise DataError("D08", f"{self.path}: ends before image {row}; delete the file, and it is made anew")
         return found
 
     def __reduce__(self) -> tuple[Callable[..., MappedImages], tuple[Path, Digests, npt.NDArray[np.bool_]]]:
