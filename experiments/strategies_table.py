@@ -47,6 +47,15 @@ def best_auc(leak: Mapping[str, Any]) -> float:
     return max((value(a, "auc") for a in attacks.values()), default=float("nan"))
 
 
+def honest(cell: Mapping[str, Any]) -> list[float]:
+    """Test AUC of every hospital that is not the adversary's: a liar's own model says nothing about the strategy."""
+    liars = {f"client {k}" for k in cell.get("robustness", {}).get("malicious_clients", ())}
+    each: dict[str, float] = {
+        name: value(cell["utility"], "client_auc", name) for name in cell["utility"]["client_auc"]
+    }
+    return [auc for name, auc in each.items() if name not in liars and auc is not None] or [float("nan")]
+
+
 def row_of(cells: Sequence[Mapping[str, Any]]) -> list[str]:
     """One line of the table."""
     utility = [c["utility"] for c in cells]
@@ -55,8 +64,8 @@ def row_of(cells: Sequence[Mapping[str, Any]]) -> list[str]:
     notes = sorted({note.partition(":")[0] for c in cells for note in c.get("notes", []) if "leaves" in note})
     return [
         interval([value(u, "auc") for u in utility]),
-        interval([value(u, "mean_client_auc") for u in utility]),
-        interval([value(u, "worst_client_auc") for u in utility]),
+        interval([float(np.mean(honest(c))) for c in cells]),
+        interval([min(honest(c)) for c in cells]),
         interval([u.get("client_auc_spread") for u in utility]),
         interval([value(u, "balanced_accuracy") for u in utility]),
         f"{np.mean([c['cost']['upload_bytes_per_client'] for c in cells]):,.0f}",
