@@ -138,7 +138,7 @@ def spread(places: Sequence[float], sizes: Sequence[float]) -> list[float]:
     """Ascending places of labels moved as little as possible, in squares, until labels of these sizes do not overlap.
 
     By pooling adjacent violators: places less the sizes stacked below them must not decrease. Labels that fit together
-    between 0 and 1 stay there.
+    between 0 and 1 stay there; those that do not fill it and leave it by as little as they must.
     """
     stacked = np.cumsum(sizes) - np.asarray(sizes) / 2
     pools: list[list[float]] = []
@@ -147,10 +147,10 @@ def spread(places: Sequence[float], sizes: Sequence[float]) -> list[float]:
         while len(pools) > 1 and np.mean(pools[-2]) > np.mean(pools[-1]):
             pools[-2:] = [pools[-2] + pools[-1]]
     room = 1 - float(np.sum(sizes))
-    bases = [float(np.mean(pool)) for pool in pools for _ in pool]
-    if room >= 0:
-        bases = [min(max(base, 0.0), room) for base in bases]
-    return [base + float(below) for base, below in zip(bases, stacked, strict=True)]
+    if room < 0:
+        pools = [sum(pools, [])]
+    bases = np.clip([np.mean(pool) for pool in pools for _ in pool], min(0.0, room), max(0.0, room))
+    return [float(place) for place in bases + stacked]
 
 
 def label_ends(axes: Axes, curves: Mapping[str, NDArray[np.float64]], height: float) -> None:

@@ -10,7 +10,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -114,15 +114,16 @@ def test_no_curve_is_an_error(tmp_path):
 
 @settings(deadline=None, max_examples=100)
 @given(st.lists(st.tuples(st.floats(0, 1), st.sampled_from([0.05, 0.1])), min_size=1, max_size=15))
+@example([(0.0, 0.05)] * 5 + [(0.0, 0.1)] * 5 + [(1.0, 0.05)] * 3 + [(1.0, 0.1)])  # fills the axis to the last bit
 def test_labels_never_overlap_and_stay_where_there_is_room(ends):
     ends.sort()
     places, sizes = zip(*ends, strict=True)
     moved = spread(places, sizes)
     gaps = [(b - a) - (s + t) / 2 for (a, b), (s, t) in zip(pairwise(moved), pairwise(sizes), strict=True)]
     assert min(gaps, default=0) >= -1e-9
-    fits = sum(sizes) <= 1
-    if fits:
-        assert moved[0] >= sizes[0] / 2 - 1e-9 and moved[-1] <= 1 - sizes[-1] / 2 + 1e-9
+    excess = max(0.0, sum(sizes) - 1)
+    assert moved[0] >= sizes[0] / 2 - excess - 1e-9 and moved[-1] <= 1 - sizes[-1] / 2 + excess + 1e-9
+    assert moved[-1] - moved[0] + (sizes[0] + sizes[-1]) / 2 <= 1 + excess + 1e-9
     apart = all(b - a >= (s + t) / 2 for (a, b), (s, t) in zip(pairwise(places), pairwise(sizes), strict=True))
     if apart and sizes[0] / 2 <= places[0] and places[-1] <= 1 - sizes[-1] / 2:
         assert moved == pytest.approx(list(places))
