@@ -148,7 +148,7 @@ def spread(places: Sequence[float], sizes: Sequence[float]) -> list[float]:
             pools[-2:] = [pools[-2] + pools[-1]]
     room = 1 - float(np.sum(sizes))
     if room < 0:
-        pools = [sum(pools, [])]
+        pools = [[base for pool in pools for base in pool]]
     bases = np.clip([np.mean(pool) for pool in pools for _ in pool], min(0.0, room), max(0.0, room))
     return [float(place) for place in bases + stacked]
 

@@ -6,11 +6,14 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from fedsec.federation.imitation import Imitation
 
 Seat = Literal["server", "malicious-server", "client", "outsider"]
 Task = Literal["binary", "multiclass", "ordinal", "multilabel"]
@@ -74,6 +77,8 @@ class RoundContext:
     """The client whose turn it is; None on the server."""
     cohort: tuple[int, ...] | None = None
     """The clients that this round was dealt to; None: every client of the federation."""
+    origin: int | None = None
+    """The run's own seed, where `seed` is another one; None: they are the same."""
 
     def for_client(self, client: int) -> RoundContext:
         """The same round seen from one client's seat."""
@@ -81,7 +86,16 @@ class RoundContext:
 
     def adversary(self) -> RoundContext:
         """The context that attacks get: its streams are fixed by the seed too, but tell nothing about other draws."""
-        return replace(self, seed=self.entropy("adversary"))
+        return self.apart("adversary")
+
+    def apart(self, purpose: str) -> RoundContext:
+        """The same place with draws of its own; what all participants draw alike stays."""
+        return replace(self, seed=self.entropy(purpose), origin=self.seed if self.origin is None else self.origin)
+
+    def common(self, purpose: str) -> int:
+        """A seed for what every participant of a run draws alike, such as a random teacher."""
+        seed = self.seed if self.origin is None else self.origin
+        return replace(self, seed=seed, round=0, client=None).entropy(purpose)
 
     def entropy(self, purpose: str) -> int:
         """A 63-bit seed for one purpose."""
@@ -246,6 +260,8 @@ class ServerView:
     not its secrets). A victim's view holds one update."""
     sent: Mapping[int, Tensor] = field(default_factory=dict)
     """Client -> (d,) what it was sent instead of `params`, where the strategy gives each client another model."""
+    imitation: Imitation | None = None
+    """How a victim's loss can be imitated where the strategy trains with another one than the task's."""
     oracle_labels: Tensor | None = None
     """True labels, only where the user asked for a told-in-advance attack; stamped into every result."""
 

@@ -102,6 +102,16 @@ def resolve_layer(model: nn.Module, name: str) -> str:
     return last_linear(model) if name == "head" else name
 
 
+def logit_layer(model: nn.Module, image: Tensor) -> tuple[str | None, str | None]:
+    """Names of weight and bias of the last fully connected layer on an image's way; None where there is none."""
+    recorded = trace(model, image)
+    linear = recorded.find("linear")
+    if not linear:
+        return None, None
+    call = recorded.calls[linear[-1]]
+    return recorded.name_of(call.args[1]), recorded.name_of(call.argument(2, "bias"))
+
+
 def find_cut(model: nn.Module, image: Tensor, stochastic: tuple[str, ...], layout: Layout) -> Cut | None:
     """Where to stop in front of a module that draws at random; None: nothing before it can be told apart.
 

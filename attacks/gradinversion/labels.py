@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .entries import logit_layer
 from .features import feature_function
 from .label_counts import (
     COVERAGE,
@@ -29,7 +30,6 @@ from .label_counts import (
 from .label_evidence import PUBLIC_IMAGES, Evidence, bias_evidence, class_moments, label_moments, weight_evidence
 from .label_rehearsal import log_likelihoods, rehearsals
 from .observation import Observation
-from .trace import trace
 
 Source = Literal["oracle", "recovered", "set", "guessed", "joint"]
 MAX_GUESSES = 3
@@ -60,13 +60,7 @@ class Head:
 
 def find_head(observation: Observation) -> Head:
     """The layer that makes the logits; both None where its gradient is hidden or it is not fully connected."""
-    model = observation.simulation.model
-    recorded = trace(model, observation.prior.mean[None].clone())
-    linear = recorded.find("linear")
-    if not linear:
-        return Head(None, None)
-    call = recorded.calls[linear[-1]]
-    weight, bias = recorded.name_of(call.args[1]), recorded.name_of(call.argument(2, "bias"))
+    weight, bias = logit_layer(observation.simulation.model, observation.prior.mean[None].clone())
     seen = observation.complete
     return Head(weight if weight in seen else None, bias if bias in seen else None)
 

@@ -5,21 +5,24 @@ The observation has no field for the truth; nothing that is computed from it can
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from fedsec.federation.desk import ByLogits
 from fedsec.types import ServerView
 
 from .batch_statistics import Statistics, read_statistics
-from .entries import arrived, find_cut, resolve_layer, rounding_std, without_pruned
+from .entries import arrived, find_cut, logit_layer, resolve_layer, rounding_std, without_pruned
 from .knowledge import Known, read
 from .prior import Prior
-from .simulation import Clip, Simulation, Stop, frozen_copy
+from .simulation import Clip, Loss, Simulation, Stop, frozen_copy
 
 MAD_TO_STD = 1.4826
 """Median absolute deviation of a Gaussian, inverted."""
@@ -159,11 +162,14 @@ def observe(
     recipe, steps = view.recipe, max(1, view.local_steps)
     known = read(view.knowledge if adaptive else {})
     hidden = view.clients_in_sum > 1
+    loss_of = _imitated(view, model, prior)
     batch = update.num_samples or view.clients_in_sum * images_each(view)
     twin = frozen_copy(model, mode or recipe.mode).to(device)
     _load(twin, view)
     step = recipe.lr * steps / (known.divisor or 1.0)
     notes = list(_assumed(view, twin, steps, batch))
+    if loss_of is not None:
+        notes.append("the strategy's loss is simulated, with public images for what it counts of the client's own")
     if hidden and known.update_clip is not None:
         notes.append("each client's clipping inside the sum cannot be simulated: only the direction is matched")
     if hidden and known.sparse:
@@ -177,6 +183,7 @@ def observe(
         names=view.layout.names,
         task=recipe.task,
         batch=batch,
+        loss_of=loss_of,
         lr=recipe.lr,
         steps=steps,
         momentum=recipe.momentum,
@@ -214,11 +221,28 @@ def observe(
     observation = _without_missing(observation, view, known)
     observation = _with_cells(observation, view, known)
     observation = _up_to_random(observation, view, known)
+    observation = _up_to_logits(observation)
     if hidden and known.update_clip is not None:
         length = (observation.norm**2 - std**2 * len(gradient)) ** 0.5 if observation.relative_noise < 1 else 0.0
         length = max(length, 0.1 * observation.norm)
         observation = replace(observation, simulation=replace(observation.simulation, norm=length))
     return observation
+
+
+def _imitated(view: ServerView, model: nn.Module, prior: Prior) -> Callable[[torch.dtype], Loss | None] | None:
+    """The client's loss by precision, where its strategy has one of its own."""
+    imitation = view.imitation
+    if imitation is None:
+        return None
+    whole = copy.deepcopy(model).eval().requires_grad_(False).to(prior.mean.device)
+    _load(whole, view)
+
+    @cache  # it is asked for inside transforms, where nothing can be made
+    def loss_of(dtype: torch.dtype) -> Loss | None:
+        fitting = whole if next(whole.parameters()).dtype == dtype else copy.deepcopy(whole).to(dtype)
+        return imitation.objective(fitting, prior.images, prior.labels)
+
+    return loss_of if loss_of(next(whole.parameters()).dtype) is not None else None
 
 
 def _without_missing(observation: Observation, view: ServerView, known: Known) -> Observation:
@@ -260,14 +284,38 @@ def _up_to_random(observation: Observation, view: ServerView, known: Known) -> O
         before[name][:] = True
     kept = sent & torch.cat([part.reshape(-1) for part in before.values()])
     note = f"matched up to {cut.module}, which no draw has touched"
-    exact = observation.batch == 1 and view.local_steps <= 1 and not simulation.weight_decay
-    if exact and bool(observation.named(sent)[cut.bias].all()):
-        stop = Stop(cut.module, observation.gradients[cut.bias][None])
-        # The slope was clipped and scaled with everything else.
-        simulation = replace(simulation, stop=stop, sample_clip=None, update_clip=None, divisor=None, clients=1)
+    if _one_step_of_one_image(simulation) and bool(observation.named(sent)[cut.bias].all()):
+        simulation = _stopped(observation, cut.module, cut.bias)
     else:
         note += "; what comes back from behind is simulated without the draws"
     return replace(observation, simulation=simulation, kept=kept, sent=sent, notes=(*observation.notes, note))
+
+
+def _up_to_logits(observation: Observation) -> Observation:
+    """For one image, read the slope of a loss with unknown constants off the last layer's bias: it ends there."""
+    simulation, judged = observation.simulation, observation.simulation.judged
+    if judged is None or not isinstance(judged.loss, ByLogits) or simulation.stop is not None:
+        return observation
+    weight, bias = logit_layer(simulation.model, observation.prior.mean[None].clone())
+    if weight is None or bias is None or observation.noise_std > 0 or not _one_step_of_one_image(simulation):
+        return observation
+    if bias not in observation.complete:
+        return observation
+    simulation = _stopped(observation, weight.rpartition(".")[0], bias)
+    note = "the loss's slope is read off the last layer's bias"
+    return replace(observation, simulation=simulation, notes=(*observation.notes, note))
+
+
+def _one_step_of_one_image(simulation: Simulation) -> bool:
+    return simulation.batch == 1 and simulation.steps == 1 and not simulation.weight_decay
+
+
+def _stopped(observation: Observation, module: str, bias: str) -> Simulation:
+    """The simulation up to a fully connected layer whose bias gradient is the slope of the loss at its output."""
+    stop = Stop(module, observation.gradients[bias][None])
+    # The slope was clipped and scaled with everything else.
+    changed = {"sample_clip": None, "update_clip": None, "divisor": None, "clients": 1}
+    return replace(observation.simulation, stop=stop, **changed)  # type: ignore[arg-type]
 
 
 def images_each(view: ServerView) -> int:

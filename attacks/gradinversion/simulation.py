@@ -8,6 +8,7 @@ gradient: −Δ/(η·T) for T steps of plain SGD at rate η, times the batch div
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -23,6 +24,8 @@ from fedsec.types import Task
 from .local_training import Order, fixed_order
 
 State = dict[str, Tensor]
+Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
+"""(model, images, labels) -> the mean loss of a batch."""
 RECOMPUTE = 50_000_000
 """Steps times parameters above which the steps are computed again on the way back, instead of being kept in memory."""
 
@@ -42,6 +45,18 @@ def frozen_copy(model: nn.Module, mode: Literal["train", "eval"]) -> nn.Module:
                 module.track_running_stats = False
                 module.running_mean = module.running_var = module.num_batches_tracked = None
     return model
+
+
+class Judged(nn.Module):
+    """A model and its loss in one, so that parameters can be put in where the loss reads more than logits."""
+
+    def __init__(self, model: nn.Module, loss: Loss) -> None:
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """The loss of a batch."""
+        return self.loss(self.model, x, y)
 
 
 class Clip(NamedTuple):
@@ -89,6 +104,8 @@ class Simulation:
     task: Task
     batch: int
     """Images behind the observation."""
+    loss_of: Callable[[torch.dtype], Loss | None] | None = None
+    """What the client minimises, in this precision; None (or None of it): the task's loss."""
     lr: float = 1.0
     steps: int = 1
     momentum: float = 0.0
@@ -119,6 +136,12 @@ class Simulation:
         return {name: named[name] for name in self.names}
 
     @cached_property
+    def judged(self) -> Judged | None:
+        """The model with a loss of its own, where the client has one."""
+        loss = self.loss_of(next(self.model.parameters()).dtype) if self.loss_of is not None else None
+        return None if loss is None else Judged(self.model, loss)
+
+    @cached_property
     def size(self) -> int:
         """P, the length of the observed vector."""
         return sum(p.numel() for p in self.params.values())
@@ -126,6 +149,8 @@ class Simulation:
     @cached_property
     def double(self) -> Simulation:
         """The same in float64."""
+        if self.loss_of is not None:
+            self.loss_of(torch.float64)
         return replace(self, model=copy.deepcopy(self.model).double())
 
     def logits(self, x: Tensor) -> Tensor:
@@ -165,7 +190,10 @@ class Simulation:
         if self.stop is not None:
             return (self.stop.slope.to(x) * self._output(self.stop.module, params, x)).sum()
         with penalties(self.model) as extra:
-            loss = task_loss(self.task)(functional_call(self.model, params, (x,)), y)
+            if self.judged is None:
+                loss = task_loss(self.task)(functional_call(self.model, params, (x,)), y)
+            else:
+                loss = functional_call(self.judged, {f"model.{n}": p for n, p in params.items()}, (x, y))
         return loss + sum(extra) if extra else loss
 
     def _output(self, module: str, params: dict[str, Tensor], x: Tensor) -> Tensor:

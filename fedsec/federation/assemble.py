@@ -192,7 +192,7 @@ def root_data(dataset: Dataset, seed: int, device: torch.device) -> tuple[Tensor
         classes = np.unique(labels)
         each = max(1, ROOT_IMAGES // len(classes))
         chosen = np.concatenate([rng.permutation(rows[labels == c])[:each] for c in classes])
-    return _tensors(dataset, np.sort(chosen), device)
+    return tensors(dataset, np.sort(chosen), device)
 
 
 def assemble(cell: Cell, data_dir: Path | None = None) -> Federation:
@@ -239,9 +239,9 @@ def federate(cell: Cell, dataset: Dataset, dealt: Partition) -> Federation:
         seats=seats,
         plan=plan,
         participation=Participation.parse(cell.federation.participation),
-        clients=tuple(_tensors(dataset, rows, device) for rows in owned),
+        clients=tuple(tensors(dataset, rows, device) for rows in owned),
         rows=owned,
-        evaluation={part: tuple(_tensors(dataset, r, device) for r in rows) for part, rows in parts.items()},
+        evaluation={part: tuple(tensors(dataset, r, device) for r in rows) for part, rows in parts.items()},
         test_groups=tuple(dataset.groups()[rows] for rows in parts["test"]),
         device=device,
         notes=notes,
@@ -349,5 +349,6 @@ def default_clients(cell: Cell, dataset: Dataset) -> int | None:
     return len(sites) if len(sites) > 1 and "" not in sites else None
 
 
-def _tensors(dataset: Dataset, rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
+def tensors(dataset: Dataset, rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Images, in memory or streamed, and labels of these rows."""
     return client_images(dataset, rows, device), torch.from_numpy(dataset.labels[rows]).to(device)

@@ -80,6 +80,7 @@ class Composite(Strategy):
             "source": "; ".join(dict.fromkeys(p.source for p in self.pieces)),
             "reports": tuple(r for p in self.pieces for r in p.reports),
             "personal": any(p.personal for p in self.pieces),
+            "remembered": tuple(key for p in self.pieces for key in p.remembered),
             **{
                 key: next((w for p in self.pieces if (w := getattr(p, key))), "")
                 for key in ("individuals", "not_private", "server_seat")

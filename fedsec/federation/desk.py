@@ -18,6 +18,18 @@ Objective = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
+class ByLogits:
+    """An objective that for one image alone is a function of its logits: any such loss has a slope at the logits that
+    the last layer's bias gradient shows."""
+
+    whole: Objective
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """The mean loss of the batch."""
+        return self.whole(model, x, y)
+
+
+@dataclass(frozen=True)
 class Report:
     """One thing that leaves a client beside its shared tensors."""
 

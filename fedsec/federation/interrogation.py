@@ -7,10 +7,10 @@ crafts the next.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from fedsec.attack import Attack
 from fedsec.federation.assemble import Federation
@@ -41,6 +41,7 @@ def interrogate(
     for index, victim in victims:
         ctx = victim_context(federation, victim, index)
         weights = tuple(t.to(federation.device) for t in training.snapshots[victim.round])
+        side = training.state(victim.round, federation).side
         views: list[ServerView] = []
         while len(views) < plan.queries:
             honest = federation.build_model((weights[0], weights[1]))
@@ -48,7 +49,7 @@ def interrogate(
             if model is None and views:
                 break
             sent = federation.build_model((weights[0], weights[1])) if model is None else model
-            views.append(query(federation, seats, sent, victim, plan, ctx, len(views)))
+            views.append(query(federation, seats, sent, side, victim, plan, ctx, len(views)))
             if model is None:
                 break
         answers.append(tuple(views))
@@ -56,11 +57,19 @@ def interrogate(
 
 
 def query(
-    federation: Federation, seats: Seats, model: nn.Module, victim: Victim, plan: VictimPlan, ctx: RoundContext, n: int
+    federation: Federation,
+    seats: Seats,
+    model: nn.Module,
+    side: Mapping[str, Tensor],
+    victim: Victim,
+    plan: VictimPlan,
+    ctx: RoundContext,
+    n: int,
 ) -> ServerView:
     """What reaches the server when this victim, and whoever is summed with it, is sent this model.
 
     Args:
+        side: what goes with the model.
         n: the number of queries that the victim has answered before: each has noise of its own.
     """
     sharing = seats.strategy.sharing(model)
@@ -68,11 +77,13 @@ def query(
     defenses = tuple(d.calibrate(known) for d in seats.defenses)
     tensors = dict(model.state_dict(keep_vars=True))
     state = ServerState(
-        sharing.params.flatten(tensors), sharing.buffers.flatten(tensors), federation.initial_state().local
+        sharing.params.flatten(tensors),
+        sharing.buffers.flatten(tensors),
+        federation.initial_state().local,
+        side=dict(side),
     )
-    batch = victim.images.to(federation.device), victim.labels.to(federation.device)
     noise = replace(ctx, seed=ctx.entropy(f"query/{n}")) if n else ctx
     crafted = replace(seats, model=model, sharing=sharing, defenses=defenses)
     labels = victim.labels if plan.oracle_labels else None
     # Bystanders inside a sum keep their batches from query to query, as the victim does.
-    return upload_view(federation, crafted, state, victim.client, batch, plan, noise, labels, draw=ctx)
+    return upload_view(federation, crafted, state, victim, plan, noise, labels, draw=ctx)

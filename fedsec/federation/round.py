@@ -23,6 +23,7 @@ from fedsec.defense import Aggregation, Aggregator, LocalStep
 from fedsec.errors import PayloadError
 from fedsec.federation.desk import Desk, ServerState, Site
 from fedsec.federation.footprint import changed_images, footprint
+from fedsec.federation.imitation import Imitation
 from fedsec.federation.local import PlainStep, plain_objective, train_locally
 from fedsec.federation.screening import screen
 from fedsec.federation.seats import Reply, RoundRecord, Seats, Turn
@@ -34,19 +35,33 @@ from fedsec.types import Payload, Peers, RoundContext, ServerView, Update, sorte
 
 
 def client_update(
-    seats: Seats, turn: Turn, x: Tensor, y: Tensor, batches: Iterable[Tensor] | None = None
+    seats: Seats,
+    turn: Turn,
+    x: Tensor,
+    y: Tensor,
+    batches: Iterable[Tensor] | None = None,
+    rows: Tensor | None = None,
 ) -> tuple[Update, float, int]:
     """Train on (x, y) from what was broadcast, and pass the update through the client's defenses.
+
+    Args:
+        x, y: all that the client has. batches: what each step takes of those it trains on; None: as the step draws.
+        rows: which of its images it trains on in this turn; None: all. What a strategy counts, it counts of all.
 
     Returns:
         the update, the mean loss, and the number of local steps.
     """
-    update, site, steps = train_at(seats, turn, x, y, batches)
+    update, site, steps = train_at(seats, turn, x, y, batches, rows)
     return update, site.loss, steps
 
 
 def train_at(
-    seats: Seats, turn: Turn, x: Tensor, y: Tensor, batches: Iterable[Tensor] | None = None
+    seats: Seats,
+    turn: Turn,
+    x: Tensor,
+    y: Tensor,
+    batches: Iterable[Tensor] | None = None,
+    rows: Tensor | None = None,
 ) -> tuple[Update, Site, int]:
     """As `client_update`, with what the strategy leaves at the client in place of the loss."""
     sharing, ctx, strategy = seats.sharing, turn.ctx, seats.strategy
@@ -64,12 +79,13 @@ def train_at(
         step = defense.local_step(step, ctx)
     if planted is not None:
         step = planted.witness(step, seats.recipe, seats.defenses, ctx, len(site.x))
-    site.loss, steps = train_locally(step, site.x, site.y, seats.recipe, ctx, batches, turn.max_steps)
+    chosen = (site.x, site.y) if rows is None else (site.x[rows], site.y[rows])
+    site.loss, steps = train_locally(step, *chosen, seats.recipe, ctx, batches, turn.max_steps)
     strategy.finish(site)
     update = Update(
         client=turn.client,
         delta=site.shared().sub_(turn.params),
-        num_samples=len(x),
+        num_samples=len(x) if rows is None else len(rows),
         buffers=site.buffers() if sharing.buffers.size else None,
         extras=strategy.report(site),
         wire=strategy.wire(site),
@@ -102,8 +118,18 @@ def sized(update: Update, before: Update) -> Update:
     return replace(update, wire=None) if stale else update
 
 
-def client_turn(seats: Seats, turn: Turn, x: Tensor, y: Tensor, batches: Iterable[Tensor] | None = None) -> Reply:
-    """A whole turn at one client: train, defend, encode. A malicious client's update is finished by the adversary."""
+def client_turn(
+    seats: Seats,
+    turn: Turn,
+    x: Tensor,
+    y: Tensor,
+    batches: Iterable[Tensor] | None = None,
+    rows: Tensor | None = None,
+) -> Reply:
+    """A whole turn at one client: train, defend, encode. A malicious client's update is finished by the adversary.
+
+    `batches` and `rows` are those of `client_update`.
+    """
     if turn.keep:
         return polish(seats, turn, x, y)
     start = time.perf_counter()
@@ -113,7 +139,7 @@ def client_turn(seats: Seats, turn: Turn, x: Tensor, y: Tensor, batches: Iterabl
         clean = x, y
         x, y = seats.attack.on_data(x, y, turn.ctx.adversary())
         tampered = changed_images(clean, (x, y))
-    update, site, steps = train_at(seats, turn, x, y, batches)
+    update, site, steps = train_at(seats, turn, x, y, batches, rows)
     content = update if malicious else seats.aggregator.encode(update, turn.ctx)
     seconds = time.perf_counter() - start
     seen = seats.planted.seen() if seats.planted is not None else None
@@ -293,6 +319,7 @@ def server_view(
     local_steps: int,
     ctx: RoundContext,
     oracle_labels: Tensor | None = None,
+    imitated: Imitation | None = None,
 ) -> ServerView:
     """What reached the server: individual updates (or what the rule lets it read of them), else the sum alone."""
     individual = [seats.aggregator.readable(p) for p in payloads]
@@ -319,6 +346,7 @@ def server_view(
         local_steps=local_steps,
         knowledge=knowledge,
         oracle_labels=oracle_labels,
+        imitation=imitated,
     )
 
 

@@ -43,6 +43,8 @@ class Strategy:
     """Clients are judged on models of their own."""
     shares_nothing: ClassVar[bool] = False
     """No parameter of the model leaves a client."""
+    remembered: ClassVar[tuple[str, ...]] = ()
+    """Keys of `Site.own` that hold what the client uploaded last, so that whoever saw that has them too."""
     individuals: ClassVar[str] = ""
     """Why the server must see single updates; empty where their sum is enough."""
     own_rule: ClassVar[str] = ""

@@ -1,8 +1,9 @@
 """What a curious server is shown of chosen victims: uploads made by the very code of a federated round.
 
 A victim is a batch of a client's images. In an observed round the client trains on that batch, from the model that
-was broadcast, through its whole defense; the server sees what reaches it. Where the aggregator hides individuals,
-every other client takes part with a batch of its own, and the server sees the sum.
+was broadcast, through its whole defense; the server sees what reaches it. What a strategy takes from all of a client's
+images, such as its class counts, it takes from all of them. Where the aggregator hides individuals, every other client
+takes part with a batch of its own, and the server sees the sum.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor
 
 from fedsec.errors import ConfigError, PayloadError, RunError
-from fedsec.federation.assemble import Federation
+from fedsec.federation.assemble import Federation, tensors
 from fedsec.federation.desk import ServerState
+from fedsec.federation.imitation import imitation
 from fedsec.federation.local import shuffled_batches
 from fedsec.federation.round import aggregate, client_turn, collect, server_view, turn_of
 from fedsec.federation.seats import Seats
@@ -82,8 +84,8 @@ def victims_of(federation: Federation, plan: VictimPlan) -> list[tuple[int, Vict
 
 def victim_context(federation: Federation, victim: Victim, index: int) -> RoundContext:
     """A stream of its own for each victim: no two share noise with each other or with the training."""
-    seed = RoundContext(federation.cell.seed, victim.round, 0, victim.client).entropy(f"victim/{index}")
-    return RoundContext(seed, victim.round, federation.cell.federation.rounds)
+    here = RoundContext(federation.cell.seed, victim.round, federation.cell.federation.rounds, victim.client)
+    return replace(here.apart(f"victim/{index}"), client=None)
 
 
 def observe(federation: Federation, training: Training, plan: VictimPlan) -> tuple[list[ServerView], list[Victim]]:
@@ -94,9 +96,8 @@ def observe(federation: Federation, training: Training, plan: VictimPlan) -> tup
     for index, victim in victims:
         state = training.state(victim.round, federation)
         ctx = victim_context(federation, victim, index)
-        batch = victim.images.to(federation.device), victim.labels.to(federation.device)
         labels = victim.labels if plan.oracle_labels else None
-        views.append(upload_view(federation, seats, state, victim.client, batch, plan, ctx, labels))
+        views.append(upload_view(federation, seats, state, victim, plan, ctx, labels))
     return views, [victim for _, victim in victims]
 
 
@@ -118,8 +119,7 @@ def upload_view(
     federation: Federation,
     seats: Seats,
     state: ServerState,
-    victim: int,
-    batch: tuple[Tensor, Tensor],
+    victim: Victim,
     plan: VictimPlan,
     ctx: RoundContext,
     labels: Tensor | None,
@@ -132,25 +132,38 @@ def upload_view(
     """
     hidden = not seats.aggregator.sees_individuals
     replies = []
-    for client in range(len(federation.clients)) if hidden else [victim]:
-        x, y = batch if client == victim else _bystander(federation, client, plan.batch, draw or ctx)
-        batches = local_batches(seats.recipe, len(x), ctx.for_client(client))
+    for client in range(len(federation.clients)) if hidden else [victim.client]:
+        x, y = federation.clients[client]
+        if client == victim.client:
+            x, y, rows = _with_victim(federation, victim)
+        else:
+            rows = _bystander(len(x), plan.batch, (draw or ctx).for_client(client))
+        batches = local_batches(seats.recipe, len(rows), ctx.for_client(client))
         turn = turn_of(seats, state, client, ctx)
         try:
-            replies.append(client_turn(seats, turn, x, y, batches))
+            replies.append(client_turn(seats, turn, x, y, batches, rows.to(y.device)))
         except PayloadError as error:
-            raise RunError(f"observing client {victim}: client {client} sends nothing: {error}") from None
+            raise RunError(f"observing client {victim.client}: client {client} sends nothing: {error}") from None
     payloads = collect(seats, replies, ctx)
     result = aggregate(seats, payloads, ctx)[0] if hidden else None
-    view = server_view(seats, state, payloads, result, max(r.steps for r in replies), ctx, labels)
-    own = tuple(u for u in view.updates if u.client == victim)  # bystanders are in the sum, not in the view
+    known = None if hidden else imitation(seats, state, victim.client, ctx)
+    view = server_view(seats, state, payloads, result, max(r.steps for r in replies), ctx, labels, known)
+    own = tuple(u for u in view.updates if u.client == victim.client)  # bystanders are in the sum, not in the view
     return replace(view, params=view.params.cpu(), updates=own or view.updates)
 
 
-def _bystander(federation: Federation, client: int, batch: int, ctx: RoundContext) -> tuple[Tensor, Tensor]:
-    x, y = federation.clients[client]
-    rows = ctx.for_client(client).numpy("bystander").choice(len(x), min(batch, len(x)), replace=False)
-    return x[rows], y[rows]
+def _with_victim(federation: Federation, victim: Victim) -> tuple[Tensor, Tensor, Tensor]:
+    """All images and labels of the victim's client, and which of them it trains on; images not its own come last."""
+    x, y = federation.clients[victim.client]
+    place = {row: i for i, row in enumerate(federation.rows[victim.client].tolist())}
+    if all(row in place for row in victim.rows.tolist()):
+        return x, y, torch.tensor([place[row] for row in victim.rows.tolist()])
+    new = tensors(federation.dataset, victim.rows, federation.device)
+    return torch.cat([x, new[0]]), torch.cat([y, new[1]]), torch.arange(len(x), len(x) + len(victim.rows))
+
+
+def _bystander(images: int, batch: int, ctx: RoundContext) -> Tensor:
+    return torch.from_numpy(ctx.numpy("bystander").choice(images, min(batch, images), replace=False))
 
 
 def _images(federation: Federation, rows: np.ndarray) -> tuple[Tensor, Tensor]:

@@ -144,14 +144,23 @@ def ramp(lam: float, number: int, rounds: int) -> float:
 class _Reverse(torch.autograd.Function):
     """Identity whose gradient is multiplied by −λ."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, strength: float) -> Tensor:
-        ctx.strength = strength
-        return x.view_as(x)
+    def forward(x: Tensor, strength: float) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.strength = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         return -ctx.strength * gradients[0], None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return tangents[0].clone()
 
 
 def reversed_gradient(x: Tensor, strength: float) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -31,6 +30,7 @@ class Moon(Strategy):
     goal: ClassVar[str] = "FedAvg, features kept near the global model's"
     source: ClassVar[str] = "Li, He and Song, CVPR 2021; defaults not verified"
     not_private: ClassVar[str] = "three networks see each image"
+    remembered: ClassVar[tuple[str, ...]] = ("previous", "previous_buffers")
     mu: Annotated[float, Field(ge=0, description="weight of the contrastive term; 0 is fedavg")] = 1.0
     temperature: Annotated[float, Field(gt=0, description="of the contrastive term")] = 0.5
 
@@ -53,9 +53,7 @@ class Moon(Strategy):
         load(previous, site.sharing, site.own["previous"], site.own["previous_buffers"], None)
 
         def total(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-            with torch.no_grad():
-                z_global, z_previous = projected(theirs, x), projected(previous, x)
-            term = contrastive(projected(model, x), z_global, z_previous, self.temperature)
+            term = contrastive(projected(model, x), projected(theirs, x), projected(previous, x), self.temperature)
             return base(model, x, y) + self.mu * term
 
         return total

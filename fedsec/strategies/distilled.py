@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from fedsec import checkpoint
 from fedsec.errors import ConfigError
-from fedsec.federation.desk import Objective, Report, Setting, Site, frozen_copy, seeded
+from fedsec.federation.desk import ByLogits, Objective, Report, Setting, Site, frozen_copy, seeded
 from fedsec.federation.strategy import Label, Strategy
 from fedsec.types import RoundContext
 
@@ -67,8 +67,7 @@ class EKD(Strategy):
         if "teacher" not in site.scratch:
             twin = copy.deepcopy(site.model)
             if self.teacher == "random":
-                common = RoundContext(site.ctx.seed, 0, 0).entropy("teacher")
-                twin = seeded(common, lambda: reset(twin))
+                twin = seeded(site.ctx.common("teacher"), lambda: reset(twin))
             else:
                 checkpoint.load_into(twin, Path(self.teacher))
             site.scratch["teacher"] = frozen_copy(twin)
@@ -79,7 +78,7 @@ class EKD(Strategy):
         """BSM of both heads plus the distillation."""
         counts = histogram(site.y, site.recipe.num_classes).to(site.x.device)
         if self.lam == 0:
-            return lambda model, x, y: balanced_softmax(model(x), y, counts)
+            return ByLogits(lambda model, x, y: balanced_softmax(model(x), y, counts))
         teacher = self.teaching(site)
 
         def total(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -95,7 +94,7 @@ class EKD(Strategy):
             )
             return loss + self.lam * each.mean()
 
-        return total
+        return ByLogits(total)
 
     def observe(self, site: Site, each: Tensor, y: Tensor) -> None:
         """What the distillation cost each image of a batch."""
@@ -131,6 +130,8 @@ class FedMAS(EKD):
 
     def observe(self, site: Site, each: Tensor, y: Tensor) -> None:
         """Add a batch to D̂."""
+        if "during" not in site.scratch:  # who only imitates a client weighs nothing
+            return
         total, count = by_class(each, y, site.recipe.num_classes, mean=False)
         site.scratch["during"] += total
         site.scratch["count"] += count
@@ -166,10 +167,9 @@ def reset(model: nn.Module) -> nn.Module:
 
 
 def taught(teacher: nn.Module, x: Tensor) -> Tensor:
-    """(B, F) the teacher's features, without a graph."""
+    """(B, F) the teacher's features. Its weights are frozen; images may be differentiated."""
     parts: Any = teacher
-    with torch.no_grad():
-        features: Tensor = parts.embed(x)
+    features: Tensor = parts.embed(x)
     return features
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -59,8 +58,7 @@ class CusFL(Strategy):
         load(guide, site.sharing, site.params, site.buffers(), None)
 
         def total(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-            with torch.no_grad():
-                target = guide.embed(x)  # type: ignore[operator]
+            target = guide.embed(x)  # type: ignore[operator]
             features = model.embed(x)  # type: ignore[operator]
             return base(model, x, y) + self.lam * (1 - F.cosine_similarity(features, target, dim=1)).mean()
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedsec.errors import ConfigError
-from fedsec.federation.desk import Objective, Site
+from fedsec.federation.desk import ByLogits, Objective, Site
 from fedsec.federation.strategy import Strategy
 
 from .weighting import histogram
@@ -30,7 +30,7 @@ def with_loss(site: Site, name: str, make: Callable[[Tensor], LogitLoss]) -> Obj
     if site.recipe.task == "multilabel":
         raise ConfigError(f"{name}: needs one class an image; multilabel data have several")
     loss = make(histogram(site.y, site.recipe.num_classes).to(site.x.device))
-    return lambda model, x, y: loss(model(x), y)
+    return ByLogits(lambda model, x, y: loss(model(x), y))
 
 
 @dataclass(frozen=True)

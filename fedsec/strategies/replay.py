@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from fedsec.errors import ConfigError
 from fedsec.federation.desk import Desk, Report, Setting, Site, seeded
 from fedsec.federation.strategy import Label, Strategy
-from fedsec.types import Layout, RoundContext
+from fedsec.types import Layout
 
 LATENT, HIDDEN = 16, 256
 
@@ -106,7 +106,7 @@ class Replay(Strategy):
     def build(self, site: Site) -> Generator:
         """The generator with the received decoder and this client's own encoder."""
         shape = (site.x.shape[1], site.x.shape[2], site.x.shape[3])
-        common = RoundContext(site.ctx.seed, 0, site.ctx.rounds).entropy("generator")
+        common = site.ctx.common("generator")
         built: Any = seeded(common, lambda: Generator(shape, site.recipe.num_classes)).to(site.x.device)
         unflat(built.decoder, site.received["decoder"])
         if "encoder" in site.own:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedsec.errors import ConfigError
-from fedsec.federation.desk import Desk, Objective, Report, Site
+from fedsec.federation.desk import ByLogits, Desk, Objective, Report, Site
 from fedsec.federation.strategy import Label, Strategy
 from fedsec.types import RoundContext
 
@@ -74,7 +74,7 @@ class FedSLID(Strategy):
         if "labels" not in site.received:
             return base
         weights = class_weights(histogram(site.y, site.recipe.num_classes), site.received["labels"]).to(site.x)
-        return lambda model, x, y: (F.cross_entropy(model(x), y, reduction="none") * weights[y]).mean()
+        return ByLogits(lambda model, x, y: (F.cross_entropy(model(x), y, reduction="none") * weights[y]).mean())
 
     def report(self, site: Site) -> dict[str, Tensor]:
         """Images of each class."""
