@@ -7,8 +7,10 @@ A client that trains in train mode moves its running statistics towards the mome
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from typing import Literal
 
 import torch
@@ -131,15 +133,39 @@ def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
     return {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
 
 
-def momentum_of(layer: _BatchNorm) -> float:
-    """m of the next step in train mode: fixed, or 1/(batches seen with it) where the layer keeps a plain average."""
+def momentum_of(layer: _BatchNorm, passes: int = 1) -> float:
+    """m of so many passes of one batch in train mode: 1 − Π(1 − m_i).
+
+    Each m_i is fixed, or 1/(batches seen with it) where the layer keeps a plain average.
+    """
     if layer.momentum is not None:
-        return float(layer.momentum)
-    assert layer.num_batches_tracked is not None
-    return 1.0 / (int(layer.num_batches_tracked) + 1)
+        each = [float(layer.momentum)] * passes
+    else:
+        assert layer.num_batches_tracked is not None
+        each = [1.0 / (int(layer.num_batches_tracked) + i) for i in range(1, passes + 1)]
+    return each[0] if passes == 1 else 1 - prod(1 - m for m in each)
 
 
-def read_statistics(view: ServerView, model: nn.Module, mode: Literal["train", "eval"]) -> Statistics:
+@torch.no_grad()
+def passes_of(model: nn.Module, forward: Callable[[], object]) -> dict[str, int]:
+    """BatchNorm layer -> how often a batch passes it in one step: losses with terms of features look more than once."""
+    counts: Counter[str] = Counter()
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda *_: counts.update([name])
+
+    handles = [module.register_forward_pre_hook(hook(name)) for name, module in batch_norms(model).items()]
+    try:
+        forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return dict(counts)
+
+
+def read_statistics(
+    view: ServerView, model: nn.Module, mode: Literal["train", "eval"], passes: Mapping[str, int] | None = None
+) -> Statistics:
     """What a view holds of the statistics.
 
     Args:
@@ -147,6 +173,7 @@ def read_statistics(view: ServerView, model: nn.Module, mode: Literal["train", "
         model: the public architecture; of a layer without fixed momentum its counter is taken, as counters do not
             travel.
         mode: in which the client computed.
+        passes: layer -> how often a batch passes it in one local step; once where not given.
     """
     device = next(model.parameters()).device
     names = set(view.buffer_layout.names)
@@ -162,7 +189,7 @@ def read_statistics(view: ServerView, model: nn.Module, mode: Literal["train", "
         clients=view.clients_in_sum,
         before={n: t.to(device) for n, t in before.items()},
         after={n: t.to(device) for n, t in after.items()},
-        momentum={n: momentum_of(m) for n, m in layers.items()},
+        momentum={n: momentum_of(m, (passes or {}).get(n, 1)) for n, m in layers.items()},
     )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fedsec.federation.desk import ByLogits
 from fedsec.types import ServerView
 
-from .batch_statistics import Statistics, read_statistics
+from .batch_statistics import Statistics, batch_norms, passes_of, read_statistics
 from .entries import arrived, find_cut, logit_layer, resolve_layer, rounding_std, without_pruned
 from .knowledge import Known, read
 from .prior import Prior
@@ -214,7 +214,7 @@ def observe(
         noise_std=std,
         noise=known.noise,
         labels=labels,
-        statistics=read_statistics(view, model, mode or recipe.mode),
+        statistics=read_statistics(view, model, mode or recipe.mode, _passes(simulation, prior)),
         knowledge=known.used,
         notes=tuple(notes),
     )
@@ -243,6 +243,16 @@ def _imitated(view: ServerView, model: nn.Module, prior: Prior) -> Callable[[tor
         return imitation.objective(fitting, prior.images, prior.labels)
 
     return loss_of if loss_of(next(whole.parameters()).dtype) is not None else None
+
+
+def _passes(simulation: Simulation, prior: Prior) -> dict[str, int]:
+    """How often a batch passes each BatchNorm layer, where the client's loss is not the task's."""
+    judged = simulation.judged
+    if judged is None or not batch_norms(simulation.model):
+        return {}
+    x, y = prior.images[:1], prior.labels[:1]
+    x, y = x.expand(simulation.batch, *x.shape[1:]), y.expand(simulation.batch, *y.shape[1:])
+    return passes_of(simulation.model, lambda: judged(x, y))
 
 
 def _without_missing(observation: Observation, view: ServerView, known: Known) -> Observation:
