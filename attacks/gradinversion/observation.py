@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fedsec.federation.desk import ByLogits
+from fedsec.federation.desk import ByLogits, Descent
 from fedsec.types import ServerView
 
 from .batch_statistics import Statistics, batch_norms, passes_of, read_statistics
@@ -158,15 +158,19 @@ def observe(
         mode: of normalisation layers while the client computed; None: as the recipe says.
     """
     device = prior.mean.device
-    update = view.updates[0]
-    recipe, steps = view.recipe, max(1, view.local_steps)
+    recipe = view.recipe
+    if view.imitation is not None:
+        view, model = view.imitation.trained(view, model)
+    descent = Descent() if view.imitation is None else view.imitation.descent
+    view = replace(view, local_steps=max(1, view.local_steps) * descent.repeats)
+    steps = view.local_steps
     known = read(view.knowledge if adaptive else {})
-    hidden = view.clients_in_sum > 1
+    update, hidden = view.updates[0], view.clients_in_sum > 1
     loss_of = _imitated(view, model, prior)
     batch = update.num_samples or view.clients_in_sum * images_each(view)
     twin = frozen_copy(model, mode or recipe.mode).to(device)
     _load(twin, view)
-    step = recipe.lr * steps / (known.divisor or 1.0)
+    step = recipe.lr * steps * descent.share / (known.divisor or 1.0)
     notes = list(_assumed(view, twin, steps, batch))
     if loss_of is not None:
         notes.append("the strategy's loss is simulated, with public images for what it counts of the client's own")
@@ -188,6 +192,7 @@ def observe(
         steps=steps,
         momentum=recipe.momentum,
         weight_decay=0.0 if subtract else recipe.weight_decay,
+        pull=descent.pull,
         batch_size=None if hidden else recipe.batch_size,
         sample_clip=known.sample_clip,
         update_clip=clip,

@@ -110,6 +110,8 @@ class Simulation:
     steps: int = 1
     momentum: float = 0.0
     weight_decay: float = 0.0
+    pull: float = 0.0
+    """Towards the broadcast values, joining each step's gradient."""
     batch_size: int | None = None
     """Images in one local step; None: all of them."""
     order: Order | None = None
@@ -223,14 +225,17 @@ class Simulation:
     def _walk(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         size = len(x) if self.batch_size is None else min(self.batch_size, len(x))
         divisor = self.divisor or 1.0
-        rate, decay = self.lr / divisor, self.weight_decay * divisor
+        rate, decay, pull = self.lr / divisor, self.weight_decay * divisor, self.pull * divisor
+        start = self.params
 
         def advance(params: State, velocity: State, x: Tensor, y: Tensor) -> tuple[State, State]:
             grads = self._gradient(params, x, y)
+            if pull:
+                grads = {n: g + pull * (params[n] - start[n]) for n, g in grads.items()}
             velocity = {n: self.momentum * velocity[n] + g + decay * params[n] for n, g in grads.items()}
             return {n: p - rate * velocity[n] for n, p in params.items()}, velocity
 
-        start, params = self.params, self.params
+        params = start
         velocity = {n: torch.zeros_like(p) for n, p in start.items()}
         for numbers in self.order or fixed_order(len(x), size, self.steps):
             part = list(numbers) if len(numbers) < len(x) or self.order else slice(None)

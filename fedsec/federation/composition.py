@@ -13,7 +13,7 @@ from fedsec.attack import Attack
 from fedsec.defense import Aggregator, Defense, LocalStep
 from fedsec.errors import ConfigError
 from fedsec.federation.aggregate import WeightedMean
-from fedsec.federation.desk import Desk, Objective, ServerState, Setting, Site
+from fedsec.federation.desk import Descent, Desk, Index, Objective, ServerState, Setting, Site
 from fedsec.federation.sharing import Sharing
 from fedsec.federation.strategy import Label, Strategy
 from fedsec.types import LocalRecipe, RoundContext, Wire
@@ -127,6 +127,14 @@ class Composite(Strategy):
         for piece in self.pieces:
             step = piece.local_step(step, site)
         return step
+
+    def part(self, model: nn.Module, client: int) -> tuple[nn.Module, Mapping[str, Index]] | None:
+        """Of the piece that cuts."""
+        return self._taker("part").part(model, client)
+
+    def descent(self) -> Descent:
+        """Of the piece that has one."""
+        return self._taker("descent").descent()
 
     def finish(self, site: Site) -> None:
         """All of them, in order."""

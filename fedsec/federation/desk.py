@@ -13,6 +13,8 @@ from fedsec.federation.sharing import Sharing
 from fedsec.types import LocalRecipe, RoundContext, Update
 
 Key = TypeVar("Key", int, str)
+Index = tuple[Tensor, ...]
+"""Row numbers, or those of rows and columns, of a tensor's part."""
 Objective = Callable[[nn.Module, Tensor, Tensor], Tensor]
 """(model, images, labels) -> the mean loss of the batch."""
 
@@ -27,6 +29,18 @@ class ByLogits:
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """The mean loss of the batch."""
         return self.whole(model, x, y)
+
+
+@dataclass(frozen=True)
+class Descent:
+    """What a client's way adds to the recipe's steps, as far as it is the same for everybody."""
+
+    pull: float = 0.0
+    """μ: pull·(θ' − θ) joins every gradient, θ being what was received."""
+    repeats: int = 1
+    """Optimiser steps on each batch."""
+    share: float = 1.0
+    """Of the way that was gone, how much is sent."""
 
 
 @dataclass(frozen=True)

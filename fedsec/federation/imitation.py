@@ -7,18 +7,18 @@ and what the client keeps.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from fedsec.federation.composition import overrides
-from fedsec.federation.desk import Objective, ServerState, Site
+from fedsec.federation.desk import Descent, Objective, ServerState, Site
 from fedsec.federation.local import plain_objective
 from fedsec.federation.seats import Seats
 from fedsec.federation.sharing import Sharing
 from fedsec.federation.strategy import Strategy
-from fedsec.types import LocalRecipe, RoundContext
+from fedsec.types import Layout, LocalRecipe, RoundContext, ServerView
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,26 @@ class Imitation:
     recipe: LocalRecipe
     ctx: RoundContext
     """Of that round, with draws that are not the client's."""
+
+    @property
+    def descent(self) -> Descent:
+        """What the client's steps do beside following the gradient."""
+        return self.strategy.descent()
+
+    def trained(self, view: ServerView, model: nn.Module) -> tuple[ServerView, nn.Module]:
+        """The view of the part of the network that the client trains, and that part; both as they are, if it is all."""
+        part = None if view.knowledge else self.strategy.part(model, self.client)
+        if part is None:
+            return view, model
+        small, places = part
+        layout = Layout.of({name: p for name, p in small.named_parameters() if name in view.layout.names})
+
+        def cut(flat: Tensor) -> Tensor:
+            whole = view.layout.views(flat)
+            return torch.cat([whole[name][places[name]].reshape(-1) for name in layout.names])
+
+        updates = tuple(replace(u, delta=cut(u.delta)) for u in view.updates)
+        return replace(view, layout=layout, params=cut(view.params), updates=updates), small
 
     def objective(self, model: nn.Module, images: Tensor, labels: Tensor) -> Objective | None:
         """The loss that a step minimises, differentiable in the images; None: the task's own.
@@ -69,9 +89,9 @@ class Imitation:
 
 
 def imitation(seats: Seats, state: ServerState, client: int, ctx: RoundContext) -> Imitation | None:
-    """What a server that sees this client's update can imitate; None where the loss is the task's own."""
+    """What a server that sees this client's update can imitate; None where it trains as the recipe says."""
     strategy = seats.strategy
-    if not overrides(strategy, ("objective",)):
+    if not overrides(strategy, ("objective", "descent", "part")):
         return None
     # What a client sent is what it keeps only where nothing came between.
     clear = seats.aggregator.sees_individuals and not seats.defenses

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fedsec.defense import LocalStep
-from fedsec.federation.desk import Desk, Objective, Report, ServerState, Setting, Site
+from fedsec.federation.desk import Descent, Desk, Index, Objective, Report, ServerState, Setting, Site
 from fedsec.federation.sharing import Sharing, load, resolve
 from fedsec.types import LocalRecipe, RoundContext, Update, Wire
 
@@ -97,6 +97,15 @@ class Strategy:
     def local_step(self, step: LocalStep, site: Site) -> LocalStep:
         """Wrap the optimiser's step. Defenses wrap the result, so that they clip what is really sent."""
         return step
+
+    def part(self, model: nn.Module, client: int) -> tuple[nn.Module, Mapping[str, Index]] | None:
+        """The network that this client trains as it computes in training, and the place of each of its tensors in the
+        whole one; None: the whole one."""
+        return None
+
+    def descent(self) -> Descent:
+        """What `local_step` does, in the form in which a curious server can imitate it."""
+        return Descent()
 
     def finish(self, site: Site) -> None:
         """After training, before the update is taken: keep what the client needs next time in `site.own`."""

@@ -14,13 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedsec.errors import ConfigError
-from fedsec.federation.desk import Desk, Objective, Report, ServerState, Setting, Site
+from fedsec.federation.desk import Desk, Index, Objective, Report, ServerState, Setting, Site
 from fedsec.federation.sharing import Sharing, load
 from fedsec.federation.strategy import Strategy
 from fedsec.models.base import last_linear, num_groups
 from fedsec.types import Layout, Wire
-
-Index = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -91,6 +89,10 @@ class HeteroFL(Strategy):
         has = torch.bincount(site.y, minlength=site.recipe.num_classes) > 0
         return lambda model, x, y: F.cross_entropy(model(x).masked_fill(~has, 0.0), y)
 
+    def part(self, model: nn.Module, client: int) -> tuple[nn.Module, Mapping[str, Index]]:
+        """The slice, whose capacity the client tells."""
+        return slim(model, self.rate(max(client, 0)), scaled=True)
+
     def finish(self, site: Site) -> None:
         """Put the slice back into the whole model, whose other coordinates stay as they were received."""
         small = dict(site.model.state_dict(keep_vars=True))
@@ -153,8 +155,11 @@ class HeteroFL(Strategy):
         return slim(model, self.rate(client))[0]
 
 
-def slim(model: nn.Module, rate: float) -> tuple[nn.Module, dict[str, Index]]:
+def slim(model: nn.Module, rate: float, scaled: bool = False) -> tuple[nn.Module, dict[str, Index]]:
     """A copy with leading slices of every layer, and the place of each of its tensors in the whole model.
+
+    Args:
+        model: the whole one. rate: r. scaled: divide outputs by r in evaluation mode, too, as training does.
 
     Raises:
         ConfigError: the model is no chain of convolutions, GroupNorms and linear layers, or it has BatchNorm.
@@ -173,7 +178,7 @@ def slim(model: nn.Module, rate: float) -> tuple[nn.Module, dict[str, Index]]:
             columns = torch.arange(inside if not channels else inside // channels * kept)
             _cut(layers[path], layer, path, rows, columns, places)
             if path != head and rate < 1:
-                layers[path].register_forward_hook(_scaler(rate))
+                layers[path].register_forward_hook(_scaler(rate, scaled))
             channels, kept = out, len(rows)
         elif isinstance(layer, nn.GroupNorm):
             if layer.num_channels != channels:
@@ -203,8 +208,8 @@ def _cut(
         twin.out_features, twin.in_features = twin.weight.shape
 
 
-def _scaler(rate: float) -> Any:
-    return lambda module, _, output: output / rate if module.training else output
+def _scaler(rate: float, always: bool) -> Any:
+    return lambda module, _, output: output / rate if module.training or always else output
 
 
 def held(layout: Layout, places: Mapping[str, Index]) -> Tensor:

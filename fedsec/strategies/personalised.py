@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fedsec.defense import LocalStep
-from fedsec.federation.desk import Site
+from fedsec.federation.desk import Descent, Site
 from fedsec.federation.sharing import load
 from fedsec.federation.strategy import Label, Strategy
 from fedsec.types import RoundContext
@@ -92,6 +92,10 @@ class PFedMe(Strategy):
     def local_step(self, step: LocalStep, site: Site) -> LocalStep:
         """Envelope steps in place of plain ones."""
         return EnvelopeStep(step, site, self.lam, self.eta, self.inner_steps)
+
+    def descent(self) -> Descent:
+        """Of one batch: inner steps with a pull, of which u and then the mixture take a share."""
+        return Descent(pull=self.lam, repeats=self.inner_steps, share=self.eta * self.lam * self.beta)
 
     def finish(self, site: Site) -> None:
         """Keep θ̃ as personal, put u into the model, and shorten its way by β: the server's mixture, in one update."""

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fedsec.defense import LocalStep
-from fedsec.federation.desk import Site
+from fedsec.federation.desk import Descent, Site
 from fedsec.federation.strategy import Strategy
 
 
@@ -35,6 +35,10 @@ class FedProx(Strategy):
         pairs = [(tensors[name], anchor) for name, anchor in shared.views(site.params).items()]
         step.optimizer.register_step_pre_hook(lambda *_: pull(pairs, self.mu))
         return step
+
+    def descent(self) -> Descent:
+        """The pull."""
+        return Descent(pull=self.mu)
 
 
 def pull(pairs: list[tuple[Any, Tensor]], mu: float) -> None:

@@ -21,7 +21,9 @@ from fedsec.types import ServerView
 ROUND = 2
 
 
-def seen(strategy: str, tmp_path: Path, batch: int = 1, **changes: str) -> tuple[list[ServerView], list, Observation]:
+def seen(
+    strategy: str, tmp_path: Path, batch: int = 1, steps: int = 1, **changes: str
+) -> tuple[list[ServerView], list, Observation]:
     """Views of two victims in the second of two rounds, the truth behind them, and the first one's observation."""
     base = Cell()
     cell = resolve(
@@ -33,7 +35,7 @@ def seen(strategy: str, tmp_path: Path, batch: int = 1, **changes: str) -> tuple
         )
     )
     stage = open_stage(cell, tmp_path, keep=(ROUND,))
-    plan = VictimPlan((ROUND,), 2 * batch, batch)
+    plan = VictimPlan((ROUND,), 2 * batch, batch, local_steps=steps)
     views, truths = victims.observe(stage.federation, stage.training, plan)
     public = public_data(stage.federation, truths)
     model = stage.federation.build_model()
@@ -54,6 +56,22 @@ def test_losses_that_the_server_knows_are_imitated_exactly(strategy: str, tmp_pa
     assert error(observation, truths[0]) < 1e-4
     assert error(observation, truths[0], plain=True) > 10 * error(observation, truths[0])
     assert any("strategy's loss is simulated" in note for note in observation.notes)
+
+
+@pytest.mark.parametrize("strategy", ["pfedme:lam=15", "fedprox:mu=5"])
+def test_pulls_and_repeated_steps_are_imitated_exactly(strategy: str, tmp_path: Path) -> None:
+    _, truths, observation = seen(strategy, tmp_path, steps=3 if "prox" in strategy else 1)
+    assert observation.simulation.steps == (3 if "prox" in strategy else 5)
+    assert error(observation, truths[0]) < 1e-3
+    free = replace(observation, simulation=replace(observation.simulation, pull=0.0))
+    assert error(free, truths[0]) > 10 * error(observation, truths[0])
+
+
+@pytest.mark.parametrize("rates", ["1", "0.5"])
+def test_a_slice_is_attacked_as_the_network_it_is(rates: str, tmp_path: Path) -> None:
+    views, truths, observation = seen(f"heterofl:rates={rates}", tmp_path)
+    assert (len(observation.gradient) < len(views[0].params)) == (rates != "1")
+    assert error(observation, truths[0]) < 1e-4
 
 
 @pytest.mark.parametrize("strategy", ["ekd", "fedmas"])
