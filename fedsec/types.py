@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
-
-if TYPE_CHECKING:
-    from fedsec.federation.imitation import Imitation
+from torch import Tensor, nn
 
 Seat = Literal["server", "malicious-server", "client", "outsider"]
 Task = Literal["binary", "multiclass", "ordinal", "multilabel"]
@@ -236,6 +233,39 @@ class Payload:
     """Simulation only: CPU seconds of the client's stages of encoding."""
     forged: Update | None = None
     """Simulation only: what a malicious client had encoded. No view holds it."""
+
+
+@dataclass(frozen=True)
+class Descent:
+    """What a client's way adds to the recipe's steps, as far as it is the same for everybody."""
+
+    pull: float = 0.0
+    """μ: pull·(θ' − θ) joins every gradient, θ being what was received."""
+    repeats: int = 1
+    """Optimiser steps on each batch."""
+    share: float = 1.0
+    """Of the way that was gone, how much is sent."""
+
+
+class Imitation(Protocol):
+    """How a curious server imitates a client whose strategy trains in another way than the recipe alone says."""
+
+    @property
+    def descent(self) -> Descent:
+        """What the client's steps do beside following the gradient."""
+
+    def trained(self, view: ServerView, model: nn.Module) -> tuple[ServerView, nn.Module]:
+        """The view of the part of the network that the client trains, and that part; both as they are, if it is all."""
+
+    def objective(
+        self, model: nn.Module, images: Tensor, labels: Tensor
+    ) -> Callable[[nn.Module, Tensor, Tensor], Tensor] | None:
+        """The mean loss that a step minimises, differentiable in the images; None: the task's own.
+
+        Args:
+            model: the architecture, holding what was broadcast; of any precision. It is copied, not kept.
+            images, labels: in place of the client's, whose class counts and moments are unknown.
+        """
 
 
 @dataclass(frozen=True)

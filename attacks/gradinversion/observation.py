@@ -15,8 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fedsec.federation.desk import ByLogits, Descent
-from fedsec.types import ServerView
+from fedsec.federation.desk import ByLogits
+from fedsec.types import Descent, ServerView
 
 from .batch_statistics import Statistics, batch_norms, passes_of, read_statistics
 from .entries import arrived, find_cut, logit_layer, resolve_layer, rounding_std, without_pruned

@@ -13,10 +13,10 @@ from fedsec.attack import Attack
 from fedsec.defense import Aggregator, Defense, LocalStep
 from fedsec.errors import ConfigError
 from fedsec.federation.aggregate import WeightedMean
-from fedsec.federation.desk import Descent, Desk, Index, Objective, ServerState, Setting, Site
+from fedsec.federation.desk import Desk, Index, Objective, ServerState, Setting, Site
 from fedsec.federation.sharing import Sharing
 from fedsec.federation.strategy import Label, Strategy
-from fedsec.types import LocalRecipe, RoundContext, Wire
+from fedsec.types import Descent, LocalRecipe, RoundContext, Wire
 
 DECISIONS: Mapping[str, tuple[str, ...]] = {
     "which tensors stay": ("local_selectors", "sharing"),

@@ -32,18 +32,6 @@ class ByLogits:
 
 
 @dataclass(frozen=True)
-class Descent:
-    """What a client's way adds to the recipe's steps, as far as it is the same for everybody."""
-
-    pull: float = 0.0
-    """μ: pull·(θ' − θ) joins every gradient, θ being what was received."""
-    repeats: int = 1
-    """Optimiser steps on each batch."""
-    share: float = 1.0
-    """Of the way that was gone, how much is sent."""
-
-
-@dataclass(frozen=True)
 class Report:
     """One thing that leaves a client beside its shared tensors."""
 

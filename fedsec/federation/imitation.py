@@ -13,16 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from fedsec.federation.composition import overrides
-from fedsec.federation.desk import Descent, Objective, ServerState, Site
+from fedsec.federation.desk import Objective, ServerState, Site
 from fedsec.federation.local import plain_objective
 from fedsec.federation.seats import Seats
 from fedsec.federation.sharing import Sharing
 from fedsec.federation.strategy import Strategy
-from fedsec.types import Layout, LocalRecipe, RoundContext, ServerView
+from fedsec.types import Descent, Layout, LocalRecipe, RoundContext, ServerView
 
 
 @dataclass(frozen=True)
-class Imitation:
+class StrategyImitation:
     """What the server knows of one client's turn; can be pickled."""
 
     strategy: Strategy
@@ -44,7 +44,7 @@ class Imitation:
         return self.strategy.descent()
 
     def trained(self, view: ServerView, model: nn.Module) -> tuple[ServerView, nn.Module]:
-        """The view of the part of the network that the client trains, and that part; both as they are, if it is all."""
+        """As `fedsec.types.Imitation`."""
         part = None if view.knowledge else self.strategy.part(model, self.client)
         if part is None:
             return view, model
@@ -59,12 +59,7 @@ class Imitation:
         return replace(view, layout=layout, params=cut(view.params), updates=updates), small
 
     def objective(self, model: nn.Module, images: Tensor, labels: Tensor) -> Objective | None:
-        """The loss that a step minimises, differentiable in the images; None: the task's own.
-
-        Args:
-            model: the architecture, holding what was broadcast; of any precision. It is copied, not kept.
-            images, labels: in place of the client's, whose class counts and moments are unknown.
-        """
+        """As `fedsec.types.Imitation`."""
         like = next(model.parameters())
 
         def cast(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -88,7 +83,7 @@ class Imitation:
         return None if found is base else found
 
 
-def imitation(seats: Seats, state: ServerState, client: int, ctx: RoundContext) -> Imitation | None:
+def imitation(seats: Seats, state: ServerState, client: int, ctx: RoundContext) -> StrategyImitation | None:
     """What a server that sees this client's update can imitate; None where it trains as the recipe says."""
     strategy = seats.strategy
     if not overrides(strategy, ("objective", "descent", "part")):
@@ -96,7 +91,7 @@ def imitation(seats: Seats, state: ServerState, client: int, ctx: RoundContext) 
     # What a client sent is what it keeps only where nothing came between.
     clear = seats.aggregator.sees_individuals and not seats.defenses
     own = state.own.get(client, {}) if clear else {}
-    return Imitation(
+    return StrategyImitation(
         strategy=strategy,
         sharing=seats.sharing,
         client=client,

@@ -23,13 +23,12 @@ from fedsec.defense import Aggregation, Aggregator, LocalStep
 from fedsec.errors import PayloadError
 from fedsec.federation.desk import Desk, ServerState, Site
 from fedsec.federation.footprint import changed_images, footprint
-from fedsec.federation.imitation import Imitation
 from fedsec.federation.local import PlainStep, plain_objective, train_locally
 from fedsec.federation.screening import screen
 from fedsec.federation.seats import Reply, RoundRecord, Seats, Turn
 from fedsec.federation.sharing import load
 from fedsec.federation.strategy import report_fault
-from fedsec.types import Payload, Peers, RoundContext, ServerView, Update, sorted_by_client
+from fedsec.types import Imitation, Payload, Peers, RoundContext, ServerView, Update, sorted_by_client
 
 # --- the client's seat ------------------------------------------------------------------------------------------
 

@@ -12,9 +12,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fedsec.defense import LocalStep
-from fedsec.federation.desk import Descent, Desk, Index, Objective, Report, ServerState, Setting, Site
+from fedsec.federation.desk import Desk, Index, Objective, Report, ServerState, Setting, Site
 from fedsec.federation.sharing import Sharing, load, resolve
-from fedsec.types import LocalRecipe, RoundContext, Update, Wire
+from fedsec.types import Descent, LocalRecipe, RoundContext, Update, Wire
 
 Label = Literal["faithful", "faithful, fixed", "reconstruction", "ours"]
 

@@ -11,10 +11,10 @@ from pydantic import Field
 from torch import Tensor
 
 from fedsec.defense import LocalStep
-from fedsec.federation.desk import Descent, Site
+from fedsec.federation.desk import Site
 from fedsec.federation.sharing import load
 from fedsec.federation.strategy import Label, Strategy
-from fedsec.types import RoundContext
+from fedsec.types import Descent, RoundContext
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from pydantic import Field
 from torch import Tensor
 
 from fedsec.defense import LocalStep
-from fedsec.federation.desk import Descent, Site
+from fedsec.federation.desk import Site
 from fedsec.federation.strategy import Strategy
+from fedsec.types import Descent
 
 
 @dataclass(frozen=True)
