@@ -16,6 +16,7 @@ from typing import Any, Literal
 from fedsec import plugins
 from fedsec.data.base import Dataset
 from fedsec.data.cache import cache_dir
+from fedsec.data.findings import one_finding
 from fedsec.data.images import checked_size
 from fedsec.data.medmnist_table import MEDMNIST, SETS, VOLUMES
 from fedsec.data.splits import resplit
@@ -72,7 +73,8 @@ def load(
         size: side in pixels; None: the set's own.
         splits: `official`: the published parts; `derived`: new parts by patient or lesion; `safe`: those, without
             copies of an image in two parts.
-        options: of the loader.
+        options: of the loader; with all of them `finding=NAME` or `finding=any`, which makes a binary set of one with
+            several labels an image.
 
     Raises:
         DataError: missing (D01, with where it was looked for and how to get it), or damaged.
@@ -81,7 +83,10 @@ def load(
     if splits not in ("official", "derived", "safe"):
         raise ConfigError(f"splits={splits}: choose official, derived or safe")
     name, loader, path, options, size = _resolve(name_or_path, data_dir, size, options)
+    finding = options.pop("finding", None)
     dataset = _read(loader, path, name, size, splits, options)
+    if finding is not None:
+        dataset = one_finding(dataset, str(finding))
     return dataset if splits == "official" else resplit(dataset, splits)
 
 
