@@ -31,7 +31,9 @@ LEARNING_RATES: Mapping[Optimizer, float] = {"sgd": 0.02, "adamw": 0.001}
 class DataConfig:
     """`[data]`: the images, and who owns which."""
 
-    name: Annotated[str, Field(description="data set name, or path of an npz file or folder, with options: NAME:key=value")] = "synthetic-cxr"
+    name: Annotated[
+        str, Field(description="data set name, or path of an npz file or folder, with options: NAME:key=value")
+    ] = "synthetic-cxr"
     size: Annotated[int | None, Field(ge=16, description="side in pixels; the set's own where not given")] = None
     partition: Annotated[
         Literal["iid", "dirichlet", "quantity", "site", "patient"],

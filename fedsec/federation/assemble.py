@@ -66,6 +66,12 @@ class Federation:
     canaries: Canaries | None = None
     owners: tuple[str, ...] = ()
     """Names of those who train: the hospitals of the partition, or the one owner of all their images."""
+    initial: Mapping[str, Tensor] | None = None
+    """All tensors of the model before the first round, which is public; the seats' one holds what was trained last."""
+
+    def __post_init__(self) -> None:
+        if self.initial is None:
+            self.initial = {name: t.detach().clone() for name, t in self.seats.model.state_dict().items()}
 
     @property
     def setting(self) -> Setting:
@@ -75,7 +81,8 @@ class Federation:
 
     def initial_state(self) -> ServerState:
         """The server before the first round."""
-        tensors = dict(self.seats.model.state_dict(keep_vars=True))
+        assert self.initial is not None
+        tensors = dict(self.initial)
         sharing = self.seats.sharing
         local = {}
         if sharing.local.size:
@@ -101,8 +108,13 @@ class Federation:
         return Serial(self.seats, self.clients)
 
     def build_model(self, weights: tuple[Tensor, Tensor] | None = None) -> nn.Module:
-        """A copy of the architecture, as every adversary knows it, and with these shared tensors where given."""
+        """A copy of the architecture, as every adversary knows it, and with these shared tensors where given.
+
+        What stays at the clients is as it was before the first round, never a client's own.
+        """
+        assert self.initial is not None
         model = copy.deepcopy(self.seats.model)
+        model.load_state_dict(self.initial)
         if weights is not None:
             load(model, self.seats.sharing, *weights, None)
         return model

@@ -22,9 +22,9 @@ ROUND = 2
 
 
 def seen(
-    strategy: str, tmp_path: Path, batch: int = 1, steps: int = 1, **changes: str
+    strategy: str, tmp_path: Path, batch: int = 1, steps: int = 1, number: int = ROUND, **changes: str
 ) -> tuple[list[ServerView], list, Observation]:
-    """Views of two victims in the second of two rounds, the truth behind them, and the first one's observation."""
+    """Views of two victims in the second of two rounds (or in `number`), the truth, and the first one's observation."""
     base = Cell()
     cell = resolve(
         replace(
@@ -34,8 +34,8 @@ def seen(
             federation=FederationConfig(clients=3, rounds=ROUND, strategy=strategy, engine="serial"),
         )
     )
-    stage = open_stage(cell, tmp_path, keep=(ROUND,))
-    plan = VictimPlan((ROUND,), 2 * batch, batch, local_steps=steps)
+    stage = open_stage(cell, tmp_path, keep=(number,))
+    plan = VictimPlan((number,), 2 * batch, batch, local_steps=steps)
     views, truths = victims.observe(stage.federation, stage.training, plan)
     public = public_data(stage.federation, truths)
     model = stage.federation.build_model()
@@ -133,6 +133,15 @@ def test_it_can_be_differentiated_in_every_way_that_attacks_do(strategy: str, tm
     assert torch.allclose(both[0], gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()))
     double = observation.simulation.double
     assert double.flat(x.double(), y).dtype == torch.float64
+
+
+@pytest.mark.parametrize("strategy", ["partial", "siteaware_gnn"])
+def test_no_clients_own_head_reaches_an_attacker(strategy: str, tmp_path: Path) -> None:
+    """It is told the head of the first round, when everybody's is public, and no later one."""
+    _, truths, observation = seen(strategy, tmp_path, number=1)
+    assert error(observation, truths[0]) < 1e-4
+    _, truths, observation = seen(strategy, tmp_path, number=2)
+    assert error(observation, truths[0]) > 0.01
 
 
 def test_images_of_nobody_join_the_clients_own(tmp_path: Path) -> None:
