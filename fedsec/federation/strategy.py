@@ -28,6 +28,7 @@ class Strategy:
 
     Hooks, in the order of a round: `received`, `begin`, `objective` and `local_step`, `finish`, `report` at the
     client; `valid_report`, `reweigh`, `serve` at the server; `personal_model` and `unseen_model` when it is judged.
+    `descent`, `part` and `remembered` say what a curious server knows of the client's side, so that it can imitate it.
     """
 
     name: ClassVar[str]
