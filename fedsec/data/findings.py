@@ -35,10 +35,10 @@ def one_finding(dataset: Dataset, finding: str) -> Dataset:
         )
     known = [name.casefold() for name in dataset.class_names]
     if finding.casefold() == ANY:
-        columns, name = [i for i, label in enumerate(known) if label != NOTHING], "any finding"
+        columns, names = [i for i, label in enumerate(known) if label != NOTHING], (NOTHING, "any finding")
     elif finding.casefold() in known:
         columns = [known.index(finding.casefold())]
-        name = dataset.class_names[columns[0]]
+        names = (f"no {dataset.class_names[columns[0]]}", dataset.class_names[columns[0]])
     else:
         near = difflib.get_close_matches(finding.casefold(), known, n=1)
         hint = (
@@ -49,15 +49,12 @@ def one_finding(dataset: Dataset, finding: str) -> Dataset:
     present = (np.nan_to_num(labels) >= 0.5).any(1)
     answered = present | ~np.isnan(labels).any(1)
     kept = dataset if answered.all() else dataset.select(answered)
-    binary, names = present[answered].astype(np.int64), (f"no {name}".replace("no any", "no"), name)
-    left_out = {
-        **dataset.report.left_out,
-        **({f"{name} unknown": int((~answered).sum())} if len(kept) < len(dataset) else {}),
-    }
+    binary, name = present[answered].astype(np.int64), names[1]
+    unknown = {f"{name} unknown": len(dataset) - len(kept)} if len(kept) < len(dataset) else {}
     report = dataclasses.replace(
         dataset.report,
         rows_used=len(kept),
-        left_out=left_out,
+        left_out={**dataset.report.left_out, **unknown},
         unknown_labels={},
         policy={**dataset.report.policy, "finding": name},
         per_split=counts_by_part(binary, names, kept.split, kept.groups()),

@@ -34,23 +34,14 @@ from fedsec.types import Imitation, Payload, Peers, RoundContext, ServerView, Up
 
 
 def client_update(
-    seats: Seats,
-    turn: Turn,
-    x: Tensor,
-    y: Tensor,
-    batches: Iterable[Tensor] | None = None,
-    rows: Tensor | None = None,
+    seats: Seats, turn: Turn, x: Tensor, y: Tensor, batches: Iterable[Tensor] | None = None
 ) -> tuple[Update, float, int]:
-    """Train on (x, y) from what was broadcast, and pass the update through the client's defenses.
-
-    Args:
-        x, y: all that the client has. batches: what each step takes of those it trains on; None: as the step draws.
-        rows: which of its images it trains on in this turn; None: all. What a strategy counts, it counts of all.
+    """As `train_at`, without what the strategy leaves at the client.
 
     Returns:
         the update, the mean loss, and the number of local steps.
     """
-    update, site, steps = train_at(seats, turn, x, y, batches, rows)
+    update, site, steps = train_at(seats, turn, x, y, batches)
     return update, site.loss, steps
 
 
@@ -62,7 +53,15 @@ def train_at(
     batches: Iterable[Tensor] | None = None,
     rows: Tensor | None = None,
 ) -> tuple[Update, Site, int]:
-    """As `client_update`, with what the strategy leaves at the client in place of the loss."""
+    """Train on (x, y) from what was broadcast, and pass the update through the client's defenses.
+
+    Args:
+        x, y: all that the client has. batches: what each step takes of those it trains on; None: as the step draws.
+        rows: which of its images it trains on in this turn; None: all. What a strategy counts, it counts of all.
+
+    Returns:
+        the update, the client's turn as its strategy leaves it, and the number of local steps.
+    """
     sharing, ctx, strategy = seats.sharing, turn.ctx, seats.strategy
     load(seats.model, sharing, turn.params, turn.buffers, turn.local)
     own = dict(turn.own)
@@ -127,7 +126,7 @@ def client_turn(
 ) -> Reply:
     """A whole turn at one client: train, defend, encode. A malicious client's update is finished by the adversary.
 
-    `batches` and `rows` are those of `client_update`.
+    `batches` and `rows` are those of `train_at`.
     """
     if turn.keep:
         return polish(seats, turn, x, y)
